@@ -1,0 +1,37 @@
+# The two commands of the README, and the checks. Everything else is plain DVC inside .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Stages run `python`: the venv's, whatever the shell has.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check submission test lint search
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+setup: $(STAMP)  ## make .venv from requirements.txt, if needed
+
+check: $(STAMP)  ## check params.yaml
+	@python -m pipelines
+
+submission: check  ## run the pipeline to outputs/submission.csv and show the scores
+	dvc repro
+	@cat outputs/ensemble/scores.md
+
+test: check  ## run the tests
+	python -m pytest
+
+lint: $(STAMP)  ## check the style
+	ruff check
+	ruff format --check
+
+search: check  ## find Model A's epochs and rates on inner splits of the training folds
+	python -m pipelines.search

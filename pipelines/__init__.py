@@ -1,0 +1,59 @@
+"""The stages of dvc.yaml, one script each; here is what every stage's process shares."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# A copy of the project (`dvc exp run --temp`, a worktree) must run its own library.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+# Sums depend on the number of threads: it is set here, before numpy and torch read it, and not left to
+# what a shell happens to export. IMG2PROMPT_THREADS is for machines that are shared.
+THREADS = int(os.environ.get("IMG2PROMPT_THREADS") or os.cpu_count() or 1)
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+    os.environ[_name] = str(THREADS)
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic CUDA matrix products
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers' threads and forked workers do not mix
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no network call on import
+
+if TYPE_CHECKING:
+    from img2prompt.params import Params
+
+
+def run(stage: Callable[[Params], None]) -> None:
+    """Run one stage: check params.yaml, wait for any other stage's process, report time and peak memory."""
+    from img2prompt.params import load_params
+
+    try:
+        params = load_params()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    name = Path(sys.argv[0]).stem
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    Path("outputs").mkdir(exist_ok=True)
+    start = time.monotonic()
+    with Path("outputs/.lock").open("w") as lock:
+        # A stage outlives a `dvc` that was killed; the next one must not write beside it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            stage(params)
+        except (ValueError, OSError) as error:
+            if os.environ.get("IMG2PROMPT_DEBUG"):
+                raise
+            sys.exit(f"error in {name}: {error}\n(IMG2PROMPT_DEBUG=1 shows where)")
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"{name}: {time.monotonic() - start:.0f} s, peak {peak / 2**20:.2f} GB", flush=True)
+
+
+def _die_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,35 @@
+"""clip: one open_clip folder, whether from the sample, a hub or a disk."""
+
+from pathlib import Path
+
+import numpy as np
+
+from img2prompt import sample_clip
+from img2prompt.clip import materialise
+from img2prompt.device import device
+from img2prompt.encoder import Encoder
+from img2prompt.params import Params
+from img2prompt.sample import apart, draw
+from img2prompt.storage import whole_folder
+from pipelines import run
+
+
+def main(params: Params) -> None:
+    """Write the CLIP that every later stage loads."""
+    section = params.clip
+    with whole_folder(Path("outputs/clip")) as out:
+        if section.model != "sample":
+            materialise(section.model, section.pretrained, section.image_size, out)
+            return
+        sample, where = section.sample, device()
+        # The sample's CLIP learns from pictures of its own: none of a prompt near one to train or test on.
+        paths = [Path(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
+        near = [np.load(path) for path in paths if path.exists()]
+        encode = Encoder(params.embed_prompts.model, where)
+        pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
+        recall = sample_clip.build(pairs, section.image_size, sample.epochs, sample.seed, where, out)
+    print(f"held-out pairs: {recall}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+"""dedup: of every pair of near-duplicate prompts one is kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from img2prompt.dedup import deduplicate
+from img2prompt.device import device
+from img2prompt.params import Params
+from img2prompt.sources import read_rows
+from img2prompt.storage import whole_folder
+from pipelines import run
+
+TABLE = [round(0.70 + 0.05 * step, 2) for step in range(6)] + [0.99]
+
+
+def main(params: Params) -> None:
+    """Write kept.npy and scored.npy (n,) bool, duplicates.csv, thresholds.csv."""
+    targets = np.load("outputs/embed_prompts/train.npy")
+    rows = read_rows(Path("outputs/prepare/train.parquet"))
+    threshold, scored = params.dedup.threshold, params.dedup.scored
+    found = deduplicate(targets, threshold, also=[scored, *TABLE], device=device())
+    kept = dict(zip(found.thresholds, found.kept, strict=True))
+    with whole_folder(Path("outputs/dedup")) as out:
+        np.save(out / "kept.npy", kept[threshold])
+        np.save(out / "scored.npy", kept[scored])
+        pairs = found.duplicates
+        pd.DataFrame({
+            "dropped": rows.id.to_numpy()[pairs.dropped], "dropped_source": rows.source.to_numpy()[pairs.dropped],
+            "kept": rows.id.to_numpy()[pairs.kept], "kept_source": rows.source.to_numpy()[pairs.kept],
+            "cosine": pairs.cosine.round(7),
+        }).to_csv(out / "duplicates.csv", index=False)
+        counts = [(level, int(mask.sum()), float(mask.mean())) for level, mask in kept.items()]
+        pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
+    print(f"kept {kept[threshold].sum()} of {len(targets)} prompts at cosine {threshold}")
+
+
+if __name__ == "__main__":
+    run(main)

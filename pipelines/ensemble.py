@@ -1,0 +1,81 @@
+"""ensemble: Model A and Model B joined by a weight found out of fold, and every model's scores."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from img2prompt.dedup import max_cosine
+from img2prompt.device import device
+from img2prompt.ensemble import constant, cross_fitted, fold_scores, mix, scores_table, search_alpha
+from img2prompt.metric import mean_cosine, unit
+from img2prompt.params import Params
+from img2prompt.sources import read_rows
+from img2prompt.storage import read_json, whole, whole_folder, write_json
+from pipelines import run
+
+
+def main(params: Params) -> None:
+    """Write ensemble/{test.npy,scores.md,*.csv} and scores.json."""
+    targets = np.load("outputs/embed_prompts/train.npy")
+    test_rows = read_rows(Path("outputs/prepare/test.parquet"))
+    table = pd.read_parquet("outputs/folds/folds.parquet")
+    fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
+    kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
+    known = Path("outputs/embed_prompts/test.npy")
+    test_targets = np.load(known) if known.exists() else None
+
+    oof: dict[str, np.ndarray] = {}
+    test: dict[str, np.ndarray] = {}
+    oof["constant"], mean = constant(targets, fold, ids, kept)
+    test["constant"] = np.tile(mean, (len(test_rows), 1))
+    for kind in ("clip", "model_a"):
+        # The folds of params.yaml, not of the disk: a fold that was removed leaves its files behind.
+        oof[kind] = np.empty_like(targets)
+        for held_out in ids:
+            oof[kind][fold == held_out] = np.load(f"outputs/model_a/fold_{held_out}/{kind}_oof.npy")
+        test[kind] = unit(sum(np.load(f"outputs/model_a/fold_{held_out}/{kind}_test.npy") for held_out in ids))
+    oof["model_b"], test["model_b"] = np.load("outputs/knn/oof.npy"), np.load("outputs/knn/test.npy")
+    search = search_alpha(oof["model_a"], oof["model_b"], targets, scored)
+    if params.ensemble.alpha == "search":
+        alpha = search.alpha
+        oof["ensemble"], _ = cross_fitted(oof["model_a"], oof["model_b"], targets, fold, scored)
+    else:
+        alpha = params.ensemble.alpha
+        oof["ensemble"] = mix(oof["model_a"], oof["model_b"], alpha)
+    test["ensemble"] = mix(test["model_a"], test["model_b"], alpha)
+    unreadable = test_rows.picture.isna().to_numpy()
+    for predictions in test.values():
+        predictions[unreadable] = mean  # no picture to look at
+
+    scores: dict[str, object] = {}
+    for name, predictions in oof.items():
+        scores[name] = fold_scores(predictions, targets, fold, ids, scored)
+        if test_targets is not None:
+            scores[name]["test"] = mean_cosine(test[name], test_targets)
+    scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha}
+    scores["folds"] = read_json(Path("outputs/folds/folds.json"))
+    scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
+    if test_targets is not None:
+        scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, targets, device=device())
+    scores["prepare"] = {"quarantined": len(pd.read_csv("outputs/prepare/quarantine.csv"))}
+
+    with whole_folder(Path("outputs/ensemble")) as out:
+        np.save(out / "test.npy", test["ensemble"].astype(np.float32))
+        search.curve.to_csv(out / "alpha.csv", index=False)
+        pd.DataFrame(
+            [(name, f"fold {held_out}", scores[name][f"fold_{held_out}"]) for name in oof for held_out in ids],
+            columns=["model", "fold", "score"],
+        ).to_csv(out / "fold_scores.csv", index=False)
+        pd.concat([
+            pd.read_csv(f"outputs/model_a/fold_{held_out}/{kind}_history.csv").assign(run=f"{kind}, fold {held_out}")
+            for kind in ("clip", "model_a") for held_out in ids
+        ]).rename_axis("step").reset_index().to_csv(out / "histories.csv", index=False)  # fmt: skip
+        markdown = scores_table(oof, targets, fold, ids, scored, group, test, test_targets)
+        (out / "scores.md").write_text(markdown, encoding="utf-8")
+    with whole(Path("outputs/scores.json")) as path:
+        write_json(path, scores)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""model_a: for one fold, the baseline head and the paper's head, each with its own copy of the tower's last layers."""
+
+import copy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import save_file
+from torch import nn
+
+from img2prompt.clip import load_clip, tower, unfrozen
+from img2prompt.device import device
+from img2prompt.images import Drawn, Pictures
+from img2prompt.model_a import Inputs, Stored, predict, train
+from img2prompt.params import Params
+from img2prompt.sources import read_rows
+from img2prompt.storage import RESUME, digest, whole_folder
+from pipelines import run
+
+DEPENDS = [
+    "outputs/prepare/train.parquet", "outputs/prepare/test.parquet", "outputs/embed_prompts/train.npy",
+    "outputs/embed_prompts/augmented.npy", "outputs/dedup/kept.npy", "outputs/folds/folds.parquet",
+    "outputs/clip/open_clip_model.safetensors",
+    "src/img2prompt/model_a.py", "src/img2prompt/images.py", "src/img2prompt/clip.py", "pipelines/model_a.py",
+]  # fmt: skip
+
+
+def main(params: Params) -> None:
+    """Write {clip,model_a}.safetensors, _oof.npy (rows of the fold, 384), _test.npy (m, 384), _history.csv."""
+    held_out, section, where = int(sys.argv[1]), params.model_a, device()
+    pooled = np.load("outputs/embed_images/train_pooled.npy")
+    targets = np.concatenate([
+        np.load("outputs/embed_prompts/train.npy")[None], np.load("outputs/embed_prompts/augmented.npy")
+    ])
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    rows = np.flatnonzero(np.load("outputs/dedup/kept.npy") & (fold != held_out))
+    unseen = np.flatnonzero(fold == held_out)
+    watched = unseen[np.load("outputs/dedup/scored.npy")[unseen]]
+    clip = load_clip(Path("outputs/clip"), "cpu")
+    layers = tower(clip.model.visual)
+
+    def inputs(split: str) -> Inputs:
+        if section.augmentation.on:
+            frozen = layers[: len(layers) - section.unfreeze]
+            references = read_rows(Path(f"outputs/prepare/{split}.parquet")).picture
+            return Drawn(Pictures(references, clip.transform, section.augmentation, section.seed), frozen, where)
+        name = "frozen" if section.unfreeze else "pooled"
+        return Stored(np.load(f"outputs/embed_images/{split}_{name}.npy", mmap_mode="r"))
+
+    sources = {split: inputs(split) for split in ("train", "test")}
+    test = np.arange(len(np.load("outputs/embed_images/test_pooled.npy", mmap_mode="r")))
+    # Epochs of a run that was killed, if it was this very run.
+    key = digest(section.model_dump_json(), where, *map(Path, DEPENDS))
+    fold_resume = RESUME / f"model_a/fold_{held_out}"
+    for stale in fold_resume.glob("*"):
+        if stale.name != key:
+            shutil.rmtree(stale)
+    with whole_folder(Path(f"outputs/model_a/fold_{held_out}")) as out:
+        for kind, rates in (("clip", section.baseline), ("model_a", section)):
+            last = copy.deepcopy(unfrozen(layers, section.unfreeze))
+            head, history = train(
+                kind, pooled, sources["train"], last, targets, rows, watched, section, rates,
+                (section.seed, held_out), where, fold_resume / key,
+            )  # fmt: skip
+            model = nn.ModuleDict({"tower": last, "head": head})
+            save_file({name: value.contiguous() for name, value in model.state_dict().items()},
+                      out / f"{kind}.safetensors")
+            history.to_csv(out / f"{kind}_history.csv", index=False)
+            for name, split, wanted in (("oof", "train", unseen), ("test", "test", test)):
+                found = predict(last, head, sources[split], wanted, section.batch_size, where)
+                np.save(out / f"{kind}_{name}.npy", found)
+            print(f"fold {held_out}, {kind}: {history.score.iloc[-1]:.4f}")
+    shutil.rmtree(fold_resume)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,25 @@
+"""submit: the test predictions as the competition takes them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from img2prompt.params import Params
+from img2prompt.sources import read_rows
+from img2prompt.storage import whole
+from img2prompt.submission import check_submission, write_submission
+from pipelines import run
+
+
+def main(params: Params) -> None:  # noqa: ARG001 - every stage has the same form
+    """Write outputs/submission.csv (imgId_eId,val), checked before it takes its name."""
+    ids = read_rows(Path("outputs/prepare/test.parquet")).id
+    predictions = np.load("outputs/ensemble/test.npy")
+    with whole(Path("outputs/submission.csv")) as path:
+        write_submission(path, ids, predictions)
+        check_submission(path, ids, predictions.shape[1])
+    print(f"outputs/submission.csv: {len(ids)} pictures")
+
+
+if __name__ == "__main__":
+    run(main)

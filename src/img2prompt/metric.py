@@ -1,0 +1,76 @@
+"""The score: cosine similarity (eq. 7), its mean over pictures (eq. 8), and how far to trust that mean."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import bootstrap
+
+
+def _norms(x: np.ndarray) -> np.ndarray:
+    """Norms of the rows of (n, d), summed in float64; refuses a row that has no direction."""
+    norms = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
+    bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
+    if len(bad):
+        raise ValueError(
+            f"row {bad[0]} has norm {norms[bad[0]]} ({len(bad)} of {len(x)} rows have no direction): "
+            "drop such rows or look for the stage that left them"
+        )
+    return norms
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """The rows of (n, d) scaled to norm 1; floats keep their dtype, integers become float64.
+
+    Raises ValueError naming the first row that is all zeros or not finite.
+    """
+    x = np.asarray(x)
+    x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)
+    return x / _norms(x).astype(x.dtype)[:, None]
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each row of a (n, d) with the same row of b (n, d): (n,) float64, eq. 7. Norms do not matter.
+
+    Raises ValueError when the shapes differ or a row is all zeros or not finite.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.ndim != 2:  # einsum would broadcast a single row without a word
+        raise ValueError(
+            f"cosine compares row by row: shapes {a.shape} and {b.shape} are not two equal (n, d)"
+        )
+    return np.einsum("ij,ij->i", a, b, dtype=np.float64) / (_norms(a) * _norms(b))
+
+
+def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Avg-CosSim of (n, d) and (n, d), eq. 8: the mean of `cosine`."""
+    return float(cosine(a, b).mean())
+
+
+def bootstrap_interval(
+    values: ArrayLike, groups: ArrayLike | None = None, n: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """(low, high) around the mean of values (m,): the percentile bootstrap over n resamples.
+
+    With groups (m,), whole groups are drawn: rows that resemble each other are no independent evidence, and
+    drawing them one by one would make the interval too narrow. For two models, pass the differences of their
+    paired values. One group alone tells nothing about the spread: (nan, nan). No values at all: ValueError.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        raise ValueError("no values to resample")
+    group = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    # A resample's mean needs only each drawn group's sum and size.
+    sums, sizes = np.bincount(group, weights=values), np.bincount(group)
+    if len(sums) < 2:
+        return float("nan"), float("nan")
+    interval = bootstrap(
+        (sums, sizes),
+        lambda drawn, size, axis: drawn.sum(axis) / size.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=n,
+        batch=max(1, 2**21 // len(sums)),  # some 50 MB at a time
+        confidence_level=level,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

@@ -1,0 +1,198 @@
+"""The schema of params.yaml: every key with its type and range, checked before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Cosine = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown keys and quiet conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Sample(Section):
+    """The embedded competition; train, test and CLIP pairs draw from separate streams of the seed."""
+
+    n_train: Count
+    n_test: Count
+    seed: Seed
+
+
+class Prepare(Section):
+    """Where pictures and prompts come from."""
+
+    train: Annotated[list[str], Field(min_length=1)]
+    test: str
+    sample: Sample
+
+
+class EmbedPrompts(Section):
+    """The targets' sentence encoder, and the augmented copies of the prompts."""
+
+    model: str
+    augmented: Annotated[int, Field(ge=0)]
+    replace: Share
+    shuffle: Share
+
+
+class Dedup(Section):
+    """Cosine above which of two prompts one is dropped: from training, and from scoring."""
+
+    threshold: Cosine
+    scored: Cosine
+
+
+class Folds(Section):
+    """Group k-fold: the folds' ids and the cosine at which prompts share a group."""
+
+    ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    threshold: Cosine
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.ids)) < len(self.ids):
+            raise ValueError("ids repeat: name each fold once")
+        return self
+
+
+class SampleClip(Section):
+    """How the sample's small CLIP is trained."""
+
+    pairs: Annotated[int, Field(ge=64)]
+    epochs: Count
+    seed: Seed
+
+
+class Clip(Section):
+    """Which CLIP becomes outputs/clip."""
+
+    model: str
+    pretrained: str | None
+    image_size: Count | None
+    sample: SampleClip
+
+
+class EmbedImages(Section):
+    """How CLIP is run over pictures and prompts."""
+
+    batch_size: Count
+
+
+class Rates(Section):
+    """One head's schedule: epochs of the head alone, then of tower and head, with their learning rates."""
+
+    head_epochs: Annotated[int, Field(ge=0)]
+    tower_epochs: Annotated[int, Field(ge=0)]
+    lr_head: Positive
+    lr_tower: Positive
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.head_epochs + self.tower_epochs == 0:
+            raise ValueError("head_epochs and tower_epochs are both 0: nothing would be trained")
+        return self
+
+
+class Augmentation(Section):
+    """Augmentation of the pictures; all zero: off, and frozen layers run once instead of once an epoch."""
+
+    crop: Annotated[float, Field(ge=0, lt=1)]
+    rotation: Annotated[float, Field(ge=0, le=180)]
+    flip: Share
+
+    @property
+    def on(self) -> bool:
+        """Whether any augmentation is switched on."""
+        return self.crop > 0 or self.rotation > 0 or self.flip > 0
+
+
+class ModelA(Rates):
+    """Training of the paper's head (the inherited keys) and of the baseline head (`baseline`)."""
+
+    seed: Seed
+    unfreeze: Annotated[int, Field(ge=0)]
+    batch_size: Count
+    accumulate: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    clip_grad: Positive
+    baseline: Rates
+    augmentation: Augmentation
+
+
+class Knn(Section):
+    """Model B: which keys, how many neighbours, and how their weight falls with the distance."""
+
+    keys: Literal["text", "image", "both"]
+    k: Count | Literal["search"]
+    distance_dim: Annotated[float, Field(ge=0)] | Literal["search"]
+    eps: Positive
+    coef: Positive
+
+
+class Ensemble(Section):
+    """Model A's share in the mix."""
+
+    alpha: Share | Literal["search"]
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    prepare: Prepare
+    embed_prompts: EmbedPrompts
+    dedup: Dedup
+    folds: Folds
+    clip: Clip
+    embed_images: EmbedImages
+    model_a: ModelA
+    knn: Knn
+    ensemble: Ensemble
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check the whole of params.yaml.
+
+    Raises:
+        ValueError: names the file and every key that is unknown, missing, of the wrong type or out of range.
+    """
+    # YAML 1.1 reads 1e-3 as text; a number written so is still a number.
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return Params.model_validate(_numbers(values))
+    except ValidationError as error:
+        lines = [f"  {_key(e['loc'])}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()]
+        raise ValueError(f"{path}: fix these keys\n" + "\n".join(lines)) from None
+
+
+def _numbers(value: object) -> object:
+    """Turn text such as `1e-3` into the float that its author meant."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _key(location: tuple[str | int, ...]) -> str:
+    """`('knn', 'k', 'constrained-int')` -> `knn.k`: pydantic adds the names of a union's branches."""
+    keys = [str(part) for part in location if isinstance(part, int) or part.isidentifier()]
+    return ".".join(keys[:2]) if location and location[0] in {"knn", "ensemble"} else ".".join(keys)

@@ -1,0 +1,23 @@
+"""Progress with rate and ETA: a moving bar on a terminal, a line every ten seconds in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> tqdm:
+    """Wrap `items` in a bar named `what`."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        unit=unit,
+        mininterval=0.2 if live else 10,
+        dynamic_ncols=live,
+        ascii=not live,
+        file=sys.stderr,
+    )

@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder with an untrained vision transformer CLIP of 16 dimensions, in open_clip's layout."""
+    from img2prompt.clip import materialise
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny-vit.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder / "tiny-vit.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), folder / "weights.pt")
+    out = folder / "out"
+    out.mkdir()
+    materialise("tiny-vit", str(folder / "weights.pt"), None, out)
+    return out
+
+
+@pytest.fixture
+def competition(tmp_path):
+    """A folder in Kaggle layout: 60 pictures of one colour each, and prompts that name the colour."""
+    return write_competition(tmp_path / "competition", 60, seed=0)
+
+
+def write_competition(folder: Path, n: int, seed: int) -> Path:
+    colours = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "grey": (128, 128, 128)}
+    things = ["house", "river", "cat", "tree", "mountain", "ship", "flower", "road", "lamp", "bridge"]
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    lines = ["imgId,prompt"]
+    for number in range(n):
+        colour = sorted(colours)[number % 4]
+        pixels = np.clip(np.array(colours[colour]) + rng.normal(0, 25, (32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"images/p{number:03d}.png")
+        lines.append(f'p{number:03d},"a {colour} {things[number // 4 % 10]}, {things[number * 7 % 10]} {number}"')
+    (folder / "prompts.csv").write_text("\n".join(lines) + "\n")
+    return folder

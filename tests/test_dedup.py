@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from img2prompt import dedup
+from img2prompt.dedup import deduplicate, max_cosine
+
+THRESHOLDS = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+
+
+def unit(*angles):
+    """Rows in the plane at these angles in degrees: the cosine of two is the cosine of their difference."""
+    radians = np.deg2rad(angles)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+
+def clusters(n, d=24, seed=0, families=12):
+    """Families around shared centres, of cosines from 0.5 to 1, some rows exactly equal."""
+    rng = np.random.default_rng(seed)
+    family = rng.integers(families, size=n)
+    centre, spread = rng.standard_normal((families, d)), rng.uniform(0.05, 1, families)
+    rows = centre[family] + spread[family, None] * rng.standard_normal((n, d))
+    again = rng.random(n) < 0.1
+    rows[again] = rows[rng.integers(n, size=again.sum())]
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def naive(rows, threshold):
+    """The definition, row by row in float64: who is kept, and the nearest kept row of every dropped one."""
+    cosine = rows.astype(np.float64) @ rows.astype(np.float64).T
+    kept, nearest = [], {}
+    for row in range(len(rows)):
+        near = cosine[row, kept]
+        if kept and near.max() > threshold:
+            nearest[row] = kept[int(near.argmax())], near.max()
+        else:
+            kept.append(row)
+    return np.isin(np.arange(len(rows)), kept), nearest
+
+
+def prefilter(monkeypatch, dtype):
+    """Let this precision win the race."""
+    monkeypatch.setattr(dedup.FastCosines, "_seconds", lambda _self, _rows, entrant: float(entrant != dtype))
+
+
+def test_of_equal_rows_exactly_the_first_survives():
+    result = deduplicate(unit(40, 0, 40, 40, 90), 0.85)
+    assert result.thresholds == (0.85,)
+    assert result.kept.tolist() == [[True, True, False, False, True]]
+    assert result.duplicates[["dropped", "kept"]].values.tolist() == [[2, 0], [3, 0]]
+    np.testing.assert_allclose(result.duplicates["cosine"], 1, atol=1e-6)
+
+
+def test_in_a_chain_only_a_kept_row_drops():
+    # 25 degrees apart: cosine 0.906. B goes for A; C is near B alone, and stays.
+    result = deduplicate(unit(0, 25, 50), 0.85)
+    assert result.kept.tolist() == [[True, False, True]]
+    assert result.duplicates.to_dict("list") == {
+        "dropped": [1], "kept": [0], "cosine": pytest.approx([np.cos(np.deg2rad(25))])
+    }
+    # A longer chain keeps every other row, in one block: row r waits for row r - 1.
+    kept = deduplicate(unit(*range(0, 350, 25)), 0.85).kept[0]
+    assert kept.tolist() == [row % 2 == 0 for row in range(14)]
+
+
+def test_a_row_kept_at_a_higher_threshold_may_drop_one_that_a_lower_threshold_keeps():
+    # A, B, C at 0, 35, 55 degrees: cos AB 0.819, BC 0.940, AC 0.574.
+    result = deduplicate(unit(0, 35, 55), 0.8, also=[0.9])
+    assert result.thresholds == (0.8, 0.9)
+    assert result.kept.tolist() == [[True, False, True], [True, True, False]]
+
+
+def test_a_dropped_row_names_the_nearest_kept_row_and_the_earliest_of_equals():
+    result = deduplicate(unit(0, 50, 30, 25), 0.85)  # 2 is nearer to 1; 3 is as near to 0 as to 1
+    assert result.duplicates["kept"].tolist()[0] == 1
+    mirrored = np.array([[0.8, 0.6, 0], [0.8, -0.6, 0], [1, 0, 0]], dtype=np.float32)
+    assert deduplicate(mirrored, 0.75).duplicates["kept"].tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block", "tile"), [(512, 4096), (64, 128), (17, 50), (1, 1)])
+def test_equals_the_definition_whatever_the_precision_and_the_blocks(monkeypatch, dtype, block, tile):
+    prefilter(monkeypatch, dtype)
+    monkeypatch.setattr(dedup, "BLOCK", block)
+    monkeypatch.setattr(dedup, "TILE", tile)
+    for seed in range(3):
+        rows = clusters(80 if block == 1 else 700, seed=seed)
+        result = deduplicate(rows, 0.85, also=THRESHOLDS)
+        for threshold, kept in zip(result.thresholds, result.kept, strict=True):
+            expected, nearest = naive(rows, threshold)
+            np.testing.assert_array_equal(kept, expected)
+            if threshold == 0.85:
+                assert result.duplicates["dropped"].tolist() == sorted(nearest)
+                found = result.duplicates.set_index("dropped")
+                for row, (_, cosine) in nearest.items():
+                    assert found.cosine[row] == pytest.approx(cosine, abs=1e-12)
+
+
+def test_survivors_are_apart_and_every_dropped_row_names_a_kept_earlier_one():
+    rows = clusters(1500, seed=7)
+    result = deduplicate(rows, 0.85)
+    cosine = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    kept = np.flatnonzero(result.kept[0])
+    assert 0 < len(kept) < len(rows)
+    assert np.triu(cosine[np.ix_(kept, kept)], k=1).max() <= 0.85
+    dropped = result.duplicates
+    assert sorted([*kept, *dropped["dropped"]]) == list(range(len(rows)))
+    assert result.kept[0][dropped["kept"]].all()
+    assert (dropped["kept"] < dropped["dropped"]).all()
+    assert (dropped["cosine"] > 0.85).all()
+    np.testing.assert_allclose(dropped["cosine"], cosine[dropped["dropped"], dropped["kept"]], atol=1e-12)
+
+
+def test_one_pass_for_many_thresholds_equals_a_pass_for_each():
+    rows = clusters(1200, seed=3)
+    thresholds = [round(0.70 + 0.01 * step, 2) for step in range(30)]
+    together = deduplicate(rows, 0.85, also=thresholds)
+    assert together.thresholds == tuple(thresholds)
+    for threshold, kept in zip(thresholds, together.kept, strict=True):
+        np.testing.assert_array_equal(kept, deduplicate(rows, threshold).kept[0])
+    assert together.duplicates.equals(deduplicate(rows, 0.85).duplicates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_a_hair_from_the_threshold_are_decided_exactly(monkeypatch, dtype):
+    prefilter(monkeypatch, dtype)
+    rng = np.random.default_rng(0)
+    rows = []
+    for offset in [sign * size for size in (1e-7, 3e-7, 1e-6, 1e-5) for sign in (-1, 1)] * 20:
+        a, b = np.linalg.qr(rng.standard_normal((384, 2)))[0].T
+        cosine = 0.85 + offset
+        rows += [a, cosine * a + np.sqrt(1 - cosine**2) * b]
+    rows = np.asarray(rows, dtype=np.float32)
+    kept = deduplicate(rows, 0.85).kept[0]
+    exact = np.einsum("nd,nd->n", rows[::2], rows[1::2], dtype=np.float64)
+    assert kept[::2].all()
+    np.testing.assert_array_equal(kept[1::2], exact <= 0.85)
+    assert 0.3 < kept[1::2].mean() < 0.7
+
+
+def test_a_cosine_equal_to_the_threshold_is_not_above_it():
+    rows = np.array([[1, 0], [0.75, 0.6614378]], dtype=np.float32)  # 0.75 is exact in binary
+    assert deduplicate(rows, 0.75).kept.all()
+    assert not deduplicate(rows, np.nextafter(0.75, 0)).kept.all()
+
+
+def test_a_cluster_larger_than_any_top_k_leaves_one_row():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal(32) + 0.01 * rng.standard_normal((6000, 32))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    result = deduplicate(rows, 0.9)
+    assert np.flatnonzero(result.kept[0]).tolist() == [0]
+    assert (result.duplicates["kept"] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 359), min_size=1, max_size=40), st.sampled_from([0.3, 0.6, 0.85, 0.97]))
+def test_any_rows_of_the_plane(angles, threshold):
+    rows = unit(*angles)
+    result = deduplicate(rows, threshold)
+    expected, nearest = naive(rows, threshold)
+    assert result.kept[0].tolist() == expected.tolist()
+    assert result.duplicates["dropped"].tolist() == sorted(nearest)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (2 * unit(0, 10), "row 0 has norm 2"),
+        (np.vstack([unit(0, 10), [[np.nan, 0]]]).astype(np.float32), "row 2 has norm nan"),
+        (np.vstack([unit(0, 10), [[0, 0]]]).astype(np.float32), "row 2 has norm 0.*divide"),
+        (unit(0, 10).astype(np.float64), "float32"),
+        (unit(0)[0], "float32"),
+        (unit(), "at least one"),
+    ],
+)
+def test_bad_rows_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        deduplicate(rows, 0.85)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "also"), [(0, ()), (1, ()), (0.85, (1.2,)), (0.5, np.linspace(0.1, 0.9, 70))]
+)
+def test_bad_thresholds_are_refused(threshold, also):
+    with pytest.raises(ValueError, match=r"dedup\.threshold"):
+        deduplicate(unit(0, 10), threshold, also)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_max_cosine_equals_brute_force(monkeypatch, dtype):
+    prefilter(monkeypatch, dtype)
+    monkeypatch.setattr(dedup, "BLOCK", 32)
+    monkeypatch.setattr(dedup, "TILE", 100)
+    a, b = clusters(300, seed=1), clusters(170, seed=2)
+    exact = a.astype(np.float64) @ b.T.astype(np.float64)
+    assert max_cosine(a, b) == pytest.approx(exact.max(), abs=1e-12)
+    groups_a, groups_b = np.arange(300) % 3, np.arange(170) % 4
+    exact[groups_a[:, None] == groups_b] = -1
+    assert max_cosine(a, b, groups_a, groups_b) == pytest.approx(exact.max(), abs=1e-12)
+    assert max_cosine(b, a, groups_b, groups_a) == max_cosine(a, b, groups_a, groups_b)
+    own = a.astype(np.float64) @ a.T.astype(np.float64)
+    own[groups_a[:, None] == groups_a] = -1
+    assert max_cosine(a, a, groups_a, groups_a) == pytest.approx(own.max(), abs=1e-12)
+
+
+def test_max_cosine_without_a_pair_is_refused():
+    with pytest.raises(ValueError, match="different groups"):
+        max_cosine(unit(0, 10), unit(0, 10), np.zeros(2), np.zeros(2))

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from img2prompt import dedup, folds
+from img2prompt.folds import components, make_folds, similarity_forest
+
+
+def unit(*angles):
+    radians = np.deg2rad(angles)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+
+def prompts(n, d=48, seed=0):
+    """Small families of prompts, far from each other, and single ones."""
+    rng = np.random.default_rng(seed)
+    family = rng.integers(n // 2, size=n)
+    centre, spread = rng.standard_normal((n // 2, d)), rng.uniform(0.1, 0.8, n // 2)
+    rows = centre[family] + spread[family, None] * rng.standard_normal((n, d))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def union_find(rows, threshold):
+    """Components by first appearance, from all pairs."""
+    cosine = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    parent = list(range(len(rows)))
+
+    def root(row):
+        while parent[row] != row:
+            row = parent[row]
+        return row
+
+    for i, j in np.argwhere(np.triu(cosine >= threshold, k=1)):
+        a, b = sorted((root(i), root(j)))
+        parent[b] = a
+    roots = [root(row) for row in range(len(rows))]
+    names = {}
+    return np.array([names.setdefault(r, len(names)) for r in roots])
+
+
+def test_groups_are_the_chains_of_similar_prompts():
+    # 0, 40 and 80 degrees hang together by steps of cosine 0.766, though 0 and 80 are far apart.
+    found = make_folds(unit(0, 200, 40, 120.5, 80, 290), [0, 1], 0.766, 0.85, seed=0)
+    assert found.group.tolist() == [0, 1, 0, 2, 0, 3]
+    assert found.group_threshold == 0.766
+    assert np.bincount(found.fold).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_is_never_split_and_folds_are_balanced(seed):
+    rows = prompts(900, seed=seed)
+    found = make_folds(rows, [0, 1, 2, 3, 4], 0.7, 0.85, seed=seed)
+    assert found.group_threshold == 0.7
+    np.testing.assert_array_equal(found.group, union_find(rows, 0.7))
+    assert all(len(set(found.fold[found.group == g])) == 1 for g in range(found.group.max() + 1))
+    sizes = np.bincount(found.fold)
+    assert sizes.max() - sizes.min() <= 1  # single prompts even the folds out
+    cosine = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    cosine[found.fold[:, None] == found.fold] = -1
+    assert found.max_cross_fold_cosine == pytest.approx(cosine.max(), abs=1e-12)
+    assert found.max_cross_fold_cosine < 0.7
+
+
+def test_a_giant_chain_raises_the_threshold_as_far_as_needed():
+    # Two chains: steps of 10 degrees (0.985), joined by one step of 38 (0.788), and single rows.
+    chain = [*range(0, 60, 10), *range(88, 148, 10)]
+    rows = unit(*chain, 200, 250, 300)
+    found = make_folds(rows, [0, 1], 0.7, 0.95, seed=0)
+    assert found.group_threshold == 0.79
+    np.testing.assert_array_equal(found.group, union_find(rows, 0.79))
+    assert found.max_cross_fold_cosine == pytest.approx(np.cos(np.deg2rad(38)), abs=1e-6)
+    # Not above the given limit, even where the giant group then fills a fold of its own.
+    capped = make_folds(rows, [0, 1], 0.7, 0.755, seed=0)
+    assert capped.group_threshold == 0.755
+    assert sorted(np.bincount(capped.fold)) == [3, 12]
+
+
+@pytest.mark.parametrize("pending", [0, 1000, 10**6])
+def test_the_forest_has_the_components_of_the_graph_at_every_threshold(monkeypatch, pending):
+    monkeypatch.setattr(folds, "PENDING", pending)
+    for module in (dedup, folds):
+        monkeypatch.setattr(module, "BLOCK", 50)
+        monkeypatch.setattr(module, "TILE", 120)
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((400, 6))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    forest = similarity_forest(rows, 0.7)
+    assert len(forest[0]) < len(rows)
+    for threshold in (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99):
+        np.testing.assert_array_equal(components(len(rows), forest, threshold), union_find(rows, threshold))
+
+
+def test_only_a_giant_group_makes_the_limit_matter():
+    rows = prompts(300)
+    low, high = (make_folds(rows, [0, 1, 2], 0.7, limit, seed=1) for limit in (0.75, 0.95))
+    np.testing.assert_array_equal(low.fold, high.fold)
+
+
+def test_the_seed_alone_decides_between_groups_of_one_size():
+    rows = prompts(300)
+    one, same, other = (make_folds(rows, [0, 1, 2], 0.7, 0.85, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.fold, same.fold)
+    np.testing.assert_array_equal(one.group, other.group)
+    assert (one.fold != other.fold).any()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(-5, 50), min_size=2, max_size=6, unique=True))
+def test_any_distinct_ids(ids):
+    found = make_folds(prompts(120), ids, 0.7, 0.85, seed=0)
+    assert found.fold.dtype == found.group.dtype == np.int64
+    assert sorted(set(found.fold.tolist())) == sorted(ids)
+
+
+@pytest.mark.parametrize("ids", [[], [0], [1, 1, 2]])
+def test_bad_ids_are_refused(ids):
+    with pytest.raises(ValueError, match=r"folds\.ids"):
+        make_folds(prompts(50), ids, 0.7, 0.85, seed=0)
+
+
+def test_fewer_groups_than_folds_are_refused_with_the_fix():
+    with pytest.raises(ValueError, match=r"folds\.ids: 3 folds, but only 2 groups.*at most 2"):
+        make_folds(unit(0, 1, 2, 180, 181), [0, 1, 2], 0.7, 0.85, seed=0)
+
+
+def test_a_threshold_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r"folds\.threshold"):
+        make_folds(unit(0, 90, 180), [0, 1], 0.0, 0.85, seed=0)

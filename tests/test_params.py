@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from img2prompt.params import load_params
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+
+
+def written(tmp_path, **changes):
+    values = yaml.safe_load(yaml.safe_dump(DEFAULT))
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[key] = value
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_default_is_valid():
+    assert load_params(REPOSITORY / "params.yaml").dedup.threshold == 0.85
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key"),
+    [
+        ("dedup__threshold", 1.5, "dedup.threshold"),
+        ("dedup__threshold", "high", "dedup.threshold"),
+        ("dedup__treshold", 0.8, "dedup.treshold"),
+        ("folds__ids", [0], "folds.ids"),
+        ("folds__ids", [0, 0], "folds"),
+        ("folds__ids", 5, "folds.ids"),
+        ("ensemble__alpha", 2, "ensemble.alpha"),
+        ("ensemble__alpha", "best", "ensemble.alpha"),
+        ("knn__k", 0, "knn.k"),
+        ("knn__keys", "pixels", "knn.keys"),
+        ("knn__eps", 0.0, "knn.eps"),
+        ("prepare__train", "sample", "prepare.train"),
+        ("prepare__train", [], "prepare.train"),
+        ("prepare__sample__n_train", 10.5, "prepare.sample.n_train"),
+        ("prepare__sample__seed", True, "prepare.sample.seed"),
+        ("model_a__lr_head", float("nan"), "model_a.lr_head"),
+        ("model_a__augmentation__flip", 1.1, "model_a.augmentation.flip"),
+        ("model_a__baseline", None, "model_a.baseline"),
+        ("extra", {}, "extra"),
+    ],
+)
+def test_wrong_value_is_named(tmp_path, path, value, key):
+    file = written(tmp_path, **{path: value})
+    with pytest.raises(ValueError, match=rf"params\.yaml.*\n.*  {key}[:.]"):
+        load_params(file)
+
+
+def test_all_wrong_values_are_named_at_once(tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_params(written(tmp_path, dedup__threshold=2.0, ensemble__alpha=-1.0))
+    assert "dedup.threshold" in str(error.value)
+    assert "ensemble.alpha" in str(error.value)
+
+
+def test_missing_key_is_named(tmp_path):
+    values = yaml.safe_load(yaml.safe_dump(DEFAULT))
+    del values["knn"]["k"]
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=r"knn\.k: Field required"):
+        load_params(file)
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path):
+    # YAML 1.1 reads 1e-3, as `-S model_a.lr_head=1e-3` may leave it, as text.
+    file = written(tmp_path)
+    file.write_text(file.read_text().replace("lr_head: 0.00", "lr_head: 1e-3 #"))
+    assert load_params(file).model_a.lr_head == 0.001
+
+
+def test_search_and_numbers_are_both_taken(tmp_path):
+    assert load_params(written(tmp_path, ensemble__alpha=0.6)).ensemble.alpha == 0.6
+    assert load_params(written(tmp_path, knn__k=100, knn__distance_dim=8)).knn.k == 100
+
+
+def test_a_head_that_never_trains_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        load_params(written(tmp_path, model_a__head_epochs=0, model_a__tower_epochs=0))

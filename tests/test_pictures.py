@@ -1,0 +1,96 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from img2prompt.pictures import decode, open_picture, pack, read_picture
+
+
+def encoded(picture, form="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+def corner(data):
+    return np.asarray(decode(data))[0, 0].tolist()
+
+
+RED = Image.new("RGB", (8, 6), (255, 0, 0))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_formats(form):
+    picture = decode(encoded(RED, form))
+    assert picture.mode == "RGB"
+    assert picture.size == (8, 6)
+    assert np.allclose(np.asarray(picture)[3, 3], [255, 0, 0], atol=8)
+
+
+def test_transparency_shows_white():
+    assert corner(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))) == [255, 255, 255]
+    assert corner(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255)))) == [255, 0, 0]
+    palette = RED.convert("P")
+    assert corner(encoded(palette, transparency=palette.getpixel((0, 0)))) == [255, 255, 255]
+
+
+def test_sixteen_bit_grey_is_scaled_not_cut():
+    picture = Image.fromarray(np.full((4, 4), 32896, np.uint16))
+    assert corner(encoded(picture)) == [128, 128, 128]
+
+
+def test_grey_and_cmyk():
+    assert corner(encoded(Image.new("L", (4, 4), 7))) == [7, 7, 7]
+    assert np.allclose(corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), [255, 0, 0], atol=8)
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    assert decode(encoded(RED, "JPEG", exif=exif)).size == (6, 8)
+
+
+def test_first_frame_of_an_animation():
+    blue = Image.new("RGB", (8, 6), (0, 0, 255))
+    assert np.allclose(corner(encoded(RED, "GIF", save_all=True, append_images=[blue])), [255, 0, 0], atol=8)
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", encoded(RED)[:40], encoded(RED, "JPEG")[:300]])
+def test_what_is_no_picture_is_refused(data):
+    with pytest.raises(ValueError, match=r"Error|error"):
+        decode(data)
+
+
+def test_a_bomb_is_refused():
+    with pytest.raises(ValueError, match="DecompressionBomb"):
+        decode(encoded(Image.new("1", (20000, 10000))))
+
+
+def test_pictures_in_one_tar(tmp_path):
+    pictures = [encoded(Image.new("RGB", (4, 4), (shade, 0, 0))) for shade in range(5)]
+    tar = tmp_path / "pictures.tar"
+    spans = pack(tar, [f"{number}.png" for number in range(5)], pictures)
+    assert [read_picture(f"{tar}{span}") for span in spans] == pictures
+    assert np.asarray(open_picture(f"{tar}{spans[3]}"))[0, 0, 0] == 3
+    with tarfile.open(tar) as archive:
+        assert archive.getnames() == [f"{number}.png" for number in range(5)]
+        assert archive.extractfile("2.png").read() == pictures[2]
+    before = tar.read_bytes()
+    pack(tar, [f"{number}.png" for number in range(5)], pictures)
+    assert tar.read_bytes() == before
+
+
+def test_a_short_tar_is_reported(tmp_path):
+    tar = tmp_path / "pictures.tar"
+    (span,) = pack(tar, ["a"], [encoded(RED)])
+    tar.write_bytes(tar.read_bytes()[:520])
+    with pytest.raises(OSError, match="ends after 8 of"):
+        read_picture(f"{tar}{span}")
+
+
+def test_a_name_with_a_hash_is_a_name(tmp_path):
+    path = tmp_path / "a#1+2.png"
+    path.write_bytes(encoded(RED))
+    assert read_picture(str(path)) == encoded(RED)
