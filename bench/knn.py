@@ -4,6 +4,7 @@
     PYTHONPATH=src python bench/knn.py --queries 2000 --keys 60000 --k 1024 --skip sklearn
 
 Each run is a process of its own, so that its peak memory is its own; a small run before it pays for imports.
+On a busy machine compare CPU seconds under OMP_NUM_THREADS=1: threads that wait for others spin.
 The last line is `grid_scores` on ours' neighbours: what the whole search of k and distance_dim adds.
 """
 
@@ -67,7 +68,7 @@ METHODS = {"ours": ours, "sklearn": sklearn, "cdist": cdist}
 
 
 def measure(name: str) -> tuple[float, float, float, np.ndarray]:
-    """Seconds, CPU seconds, MB beyond what the data take, predictions; in a process forked with DATA in place."""
+    """Seconds, CPU seconds, MB beyond what the data take, predictions; in a process forked with DATA."""
     *data, k = DATA
     METHODS[name](data[0][:64], data[1][:2000], data[2][:2000], k)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

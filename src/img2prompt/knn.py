@@ -24,7 +24,10 @@ SLACK = 16  # keys beyond k that the fp32 search keeps for the float64 distances
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """index (n, k) int64, rows of the bank of keys; distance (n, k) float32, ascending, of equal keys the first."""
+    """The k nearest rows of a bank of keys for each of n queries, nearest first, of equal keys the first.
+
+    index (n, k) int64: rows of the bank. distance (n, k) float32, ascending.
+    """
 
     index: np.ndarray
     distance: np.ndarray
