@@ -114,8 +114,17 @@ def measure(method: str, n: int, threshold: float) -> None:
     kept = METHODS[method](rows, threshold)
     seconds = time.perf_counter() - start
     peak = peak_bytes()
-    print(json.dumps({"seconds": seconds, "extra_mb": (peak - before) / 1e6, "peak_mb": peak / 1e6,
-                      "threads": torch.get_num_threads(), "kept": np.packbits(kept).tobytes().hex()}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "extra_mb": (peak - before) / 1e6,
+                "peak_mb": peak / 1e6,
+                "threads": torch.get_num_threads(),
+                "kept": np.packbits(kept).tobytes().hex(),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -143,16 +152,20 @@ def main() -> None:
                 results.setdefault(method, []).append(json.loads(run.stdout))
     kept = {method: int(runs[0]["kept"], 16) for method, runs in results.items()}
     base = statistics.median(run["seconds"] for run in results["ours"])
-    print(f"{options.n} rows, threshold {options.threshold}: {kept['ours'].bit_count()} kept; "
-          f"{results['ours'][0]['threads']} threads")
+    print(
+        f"{options.n} rows, threshold {options.threshold}: {kept['ours'].bit_count()} kept; "
+        f"{results['ours'][0]['threads']} threads"
+    )
     print(f"{'':20}{'median s':>9}{'min..max':>16}{'/ ours':>8}{'extra MB':>10}{'peak MB':>9}  kept as ours")
     for method, runs in results.items():
         seconds = [run["seconds"] for run in runs]
         middle, span = statistics.median(seconds), f"{min(seconds):.2f}..{max(seconds):.2f}"
         extra, peak = (max(run[key] for run in runs) for key in ("extra_mb", "peak_mb"))
         differ = (kept[method] ^ kept["ours"]).bit_count()
-        print(f"{method:20}{middle:9.2f}{span:>16}{middle / base:8.1f}{extra:10.0f}{peak:9.0f}  "
-              f"{f'no: {differ} rows differ' if differ else 'yes'}")
+        print(
+            f"{method:20}{middle:9.2f}{span:>16}{middle / base:8.1f}{extra:10.0f}{peak:9.0f}  "
+            f"{f'no: {differ} rows differ' if differ else 'yes'}"
+        )
 
 
 if __name__ == "__main__":

@@ -79,9 +79,7 @@ def measure(name: str) -> tuple[float, float, float, np.ndarray]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=16_000)
     parser.add_argument("--keys", type=int, default=60_000)
     parser.add_argument("--dim", type=int, default=512)

@@ -70,9 +70,7 @@ def measure(name: str) -> tuple[float, float, bool]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=16_000)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()

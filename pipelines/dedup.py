@@ -26,11 +26,15 @@ def main(params: Params) -> None:
         np.save(out / "kept.npy", kept[threshold])
         np.save(out / "scored.npy", kept[scored])
         pairs = found.duplicates
-        pd.DataFrame({
-            "dropped": rows.id.to_numpy()[pairs.dropped], "dropped_source": rows.source.to_numpy()[pairs.dropped],
-            "kept": rows.id.to_numpy()[pairs.kept], "kept_source": rows.source.to_numpy()[pairs.kept],
-            "cosine": pairs.cosine.round(7),
-        }).to_csv(out / "duplicates.csv", index=False)
+        pd.DataFrame(
+            {
+                "dropped": rows.id.to_numpy()[pairs.dropped],
+                "dropped_source": rows.source.to_numpy()[pairs.dropped],
+                "kept": rows.id.to_numpy()[pairs.kept],
+                "kept_source": rows.source.to_numpy()[pairs.kept],
+                "cosine": pairs.cosine.round(7),
+            }
+        ).to_csv(out / "duplicates.csv", index=False)
         counts = [(level, int(mask.sum()), float(mask.mean())) for level, mask in kept.items()]
         pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
     print(f"kept {kept[threshold].sum()} of {len(targets)} prompts at cosine {threshold}")

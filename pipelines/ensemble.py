@@ -8,6 +8,7 @@ import pandas as pd
 from img2prompt.dedup import max_cosine
 from img2prompt.device import device
 from img2prompt.ensemble import constant, cross_fitted, fold_scores, mix, scores_table, search_alpha
+from img2prompt.figures import draw_scores
 from img2prompt.metric import mean_cosine, unit
 from img2prompt.params import Params
 from img2prompt.sources import read_rows
@@ -16,7 +17,7 @@ from pipelines import run
 
 
 def main(params: Params) -> None:
-    """Write ensemble/{test.npy,scores.md,*.csv} and scores.json."""
+    """Write ensemble/{test.npy,scores.md,scores.png,alpha.csv,fold_scores.csv,histories.csv} and scores.json."""
     targets = np.load("outputs/embed_prompts/train.npy")
     test_rows = read_rows(Path("outputs/prepare/test.parquet"))
     table = pd.read_parquet("outputs/folds/folds.parquet")
@@ -60,19 +61,23 @@ def main(params: Params) -> None:
         scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, targets, device=device())
     scores["prepare"] = {"quarantined": len(pd.read_csv("outputs/prepare/quarantine.csv"))}
 
+    by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in oof})
+    by_fold.insert(0, "fold", ids)
+    histories = pd.DataFrame({
+        kind: pd.concat([
+            pd.read_csv(f"outputs/model_a/fold_{held_out}/{kind}_history.csv").score for held_out in ids
+        ], axis=1).mean(axis=1)
+        for kind in ("clip", "model_a")
+    })  # fmt: skip
+    histories.insert(0, "epoch", histories.index + 1)
+    thresholds = pd.read_csv("outputs/dedup/thresholds.csv")
     with whole_folder(Path("outputs/ensemble")) as out:
         np.save(out / "test.npy", test["ensemble"].astype(np.float32))
-        search.curve.to_csv(out / "alpha.csv", index=False)
-        pd.DataFrame(
-            [(name, f"fold {held_out}", scores[name][f"fold_{held_out}"]) for name in oof for held_out in ids],
-            columns=["model", "fold", "score"],
-        ).to_csv(out / "fold_scores.csv", index=False)
-        pd.concat([
-            pd.read_csv(f"outputs/model_a/fold_{held_out}/{kind}_history.csv").assign(run=f"{kind}, fold {held_out}")
-            for kind in ("clip", "model_a") for held_out in ids
-        ]).rename_axis("step").reset_index().to_csv(out / "histories.csv", index=False)  # fmt: skip
         markdown = scores_table(oof, targets, fold, ids, scored, group, test, test_targets)
         (out / "scores.md").write_text(markdown, encoding="utf-8")
+        for name, table in (("alpha", search.curve), ("fold_scores", by_fold), ("histories", histories)):
+            table.to_csv(out / f"{name}.csv", index=False)
+        draw_scores(out / "scores.png", by_fold, alpha, search.curve, histories, thresholds, params.dedup.threshold)
     with whole(Path("outputs/scores.json")) as path:
         write_json(path, scores)
 

@@ -16,7 +16,9 @@ def main(params: Params) -> None:
     rows = read_rows(Path("outputs/prepare/train.parquet"))
     targets = np.load("outputs/embed_prompts/train.npy")
     section = params.folds
-    folds = make_folds(targets, section.ids, section.threshold, max(section.threshold, params.dedup.scored), section.seed)
+    # The threshold may rise to that of the scored rows, not of the trained ones: folds outlive experiments on those.
+    highest = max(section.threshold, params.dedup.scored)
+    folds = make_folds(targets, section.ids, section.threshold, highest, section.seed)
     with whole_folder(Path("outputs/folds")) as out:
         table = rows[["id"]].assign(group=folds.group, fold=folds.fold)
         table.to_parquet(out / "folds.parquet", index=False)

@@ -14,7 +14,10 @@ from pipelines import run
 
 
 def main(params: Params) -> None:
-    """Write oof.npy (n, 384), test.npy (m, 384), choice.json, search.csv, {oof,test}_neighbours_{keys}.npz."""
+    """Write oof.npy (n, 384), test.npy (m, 384), choice.json, search.csv, and the neighbours used.
+
+    {oof,test}_{text,image}_rows.npy (n, k) int32 are rows of train.parquet, nearest first; _distances.npy float32.
+    """
     embedded = Path("outputs/embed_images")
     pictures, texts, test = (np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "test_image"))
     section = params.knn
@@ -40,8 +43,9 @@ def main(params: Params) -> None:
         found.search_table.to_csv(out / "search.csv", index=False)
         for name, neighbours in (("oof", found.neighbours), ("test", found.test_neighbours)):
             for kind, near in neighbours.items():
-                np.save(out / f"{name}_{kind}_rows.npy", near.index.astype(np.int32))
-                np.save(out / f"{name}_{kind}_distances.npy", near.distance)
+                k = found.choice.settings[kind].k
+                np.save(out / f"{name}_{kind}_rows.npy", near.index[:, :k].astype(np.int32))
+                np.save(out / f"{name}_{kind}_distances.npy", near.distance[:, :k])
     print(f"chosen: {found.choice}")
 
 

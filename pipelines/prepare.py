@@ -12,7 +12,7 @@ from img2prompt.pictures import pack
 from img2prompt.progress import progress
 from img2prompt.render import jpeg
 from img2prompt.sample import Row, apart, draw, generate
-from img2prompt.sources import ROW, SET_ASIDE, Rows, join, read_test, read_train, write_rows
+from img2prompt.sources import SET_ASIDE, Rows, join, read_test, read_train, write_rows
 from img2prompt.storage import digest, whole_folder
 from pipelines import run
 
@@ -26,8 +26,9 @@ def render(rows: list[Row], split: str, folder: Path) -> Rows:
     pictures = progress(jobs, f"drawing {split} pictures", len(rows), "picture")
     tar = f"{split}.tar"
     spans = pack(folder / tar, [f"{name}.jpg" for name in ids], pictures)
-    cells = [(name, "sample", f"{OUT / tar}{span}", row.prompt) for name, span, row in zip(ids, spans, rows, strict=True)]
-    return Rows(pd.DataFrame(cells, columns=ROW), pictures=digest(folder / tar))
+    places = [f"{OUT / tar}{span}" for span in spans]
+    table = pd.DataFrame({"id": ids, "source": "sample", "picture": places, "prompt": [row.prompt for row in rows]})
+    return Rows(table, pictures=digest(folder / tar))
 
 
 def main(params: Params) -> None:
@@ -36,8 +37,9 @@ def main(params: Params) -> None:
     sample = section.sample
     with whole_folder(OUT) as out:
         drawn = generate(sample.n_train, sample.seed) if "sample" in section.train else []
-        sources = [render(drawn, "train", out) if name == "sample" else read_train(Path(name))
-                   for name in section.train]
+        sources = [
+            render(drawn, "train", out) if name == "sample" else read_train(Path(name)) for name in section.train
+        ]
         train = join(sources)
         if section.test == "sample":
             # No test prompt may be nearly a train prompt, nor may what of it can be seen.

@@ -11,7 +11,7 @@ from img2prompt.submission import check_submission, write_submission
 from pipelines import run
 
 
-def main(params: Params) -> None:  # noqa: ARG001 - every stage has the same form
+def main(params: Params) -> None:
     """Write outputs/submission.csv (imgId_eId,val), checked before it takes its name."""
     ids = read_rows(Path("outputs/prepare/test.parquet")).id
     predictions = np.load("outputs/ensemble/test.npy")

@@ -58,7 +58,9 @@ def test_in_a_chain_only_a_kept_row_drops():
     result = deduplicate(unit(0, 25, 50), 0.85)
     assert result.kept.tolist() == [[True, False, True]]
     assert result.duplicates.to_dict("list") == {
-        "dropped": [1], "kept": [0], "cosine": pytest.approx([np.cos(np.deg2rad(25))])
+        "dropped": [1],
+        "kept": [0],
+        "cosine": pytest.approx([np.cos(np.deg2rad(25))]),
     }
     # A longer chain keeps every other row, in one block: row r waits for row r - 1.
     kept = deduplicate(unit(*range(0, 350, 25)), 0.85).kept[0]
@@ -181,9 +183,7 @@ def test_bad_rows_are_refused(rows, message):
         deduplicate(rows, 0.85)
 
 
-@pytest.mark.parametrize(
-    ("threshold", "also"), [(0, ()), (1, ()), (0.85, (1.2,)), (0.5, np.linspace(0.1, 0.9, 70))]
-)
+@pytest.mark.parametrize(("threshold", "also"), [(0, ()), (1, ()), (0.85, (1.2,)), (0.5, np.linspace(0.1, 0.9, 70))])
 def test_bad_thresholds_are_refused(threshold, also):
     with pytest.raises(ValueError, match=r"dedup\.threshold"):
         deduplicate(unit(0, 10), threshold, also)

@@ -39,9 +39,7 @@ def test_mix_by_hand():
 def test_scaling_one_member_changes_nothing(members):
     a, b, targets = members
     np.testing.assert_allclose(mix(10 * a, b, 0.7), mix(a, b, 0.7), atol=1e-6)
-    assert search_alpha(10 * a, b, targets).alpha == pytest.approx(
-        search_alpha(a, b, targets).alpha, abs=1e-5
-    )
+    assert search_alpha(10 * a, b, targets).alpha == pytest.approx(search_alpha(a, b, targets).alpha, abs=1e-5)
 
 
 def test_the_curve_is_the_score_of_the_mix(members):

@@ -30,9 +30,7 @@ def fake_wordnet(monkeypatch, load=lambda: None):
     }
     wordnet = SimpleNamespace(
         ensure_loaded=load,
-        synsets=lambda word: [
-            SimpleNamespace(lemma_names=lambda names=names: names) for names in senses.get(word, [])
-        ],
+        synsets=lambda word: [SimpleNamespace(lemma_names=lambda names=names: names) for names in senses.get(word, [])],
         all_lemma_names=lambda: [*senses, "house"],
     )
     monkeypatch.setattr(nltk.corpus, "wordnet", wordnet)

@@ -44,9 +44,7 @@ class FastCosines:
         """(m, d) float32 to the same rows in the fast precision, on the device."""
         return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device, self.dtype)
 
-    def pairs(
-        self, block: torch.Tensor, tile: torch.Tensor, limit: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def pairs(self, block: torch.Tensor, tile: torch.Tensor, limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All (i, j, score) with a cosine above `limit`, and some within 2 * MARGIN below it, by i, then j.
 
         `block`: (b, d), `tile`: (t, d), both from `cast`, b * t <= BLOCK * TILE. i, j: (m,) int64 row numbers

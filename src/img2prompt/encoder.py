@@ -59,7 +59,9 @@ class Encoder:
         return embeddings[[place[text] for text in texts]]
 
     def _lengths(self, texts: list[str]) -> np.ndarray:
-        return np.concatenate([
-            self._model.preprocess(texts[start : start + 4096])["attention_mask"].sum(1).numpy()
-            for start in range(0, len(texts), 4096)
-        ])
+        return np.concatenate(
+            [
+                self._model.preprocess(texts[start : start + 4096])["attention_mask"].sum(1).numpy()
+                for start in range(0, len(texts), 4096)
+            ]
+        )

@@ -76,9 +76,7 @@ def _search(to_target: np.ndarray, gram: np.ndarray) -> AlphaSearch:
     return AlphaSearch(float(alpha), float(candidates.max()), pd.DataFrame({"alpha": grid, "score": curve}))
 
 
-def search_alpha(
-    a: np.ndarray, b: np.ndarray, targets: np.ndarray, rows: np.ndarray | None = None
-) -> AlphaSearch:
+def search_alpha(a: np.ndarray, b: np.ndarray, targets: np.ndarray, rows: np.ndarray | None = None) -> AlphaSearch:
     """The alpha of `mix` with the best mean cosine to targets (n, d) over rows (mask or indices; else all).
 
     The 101 points 0, 0.01, .. 1 find the hill, a scalar search its top. Of equally good alphas the one

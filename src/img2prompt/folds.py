@@ -71,9 +71,7 @@ def similarity_forest(embeddings: np.ndarray, threshold: float) -> Edges:
     return spanning_forest(n, parts)
 
 
-def make_folds(
-    embeddings: np.ndarray, ids: Sequence[int], threshold: float, max_threshold: float, seed: int
-) -> Folds:
+def make_folds(embeddings: np.ndarray, ids: Sequence[int], threshold: float, max_threshold: float, seed: int) -> Folds:
     """Rows with a cosine of at least `threshold`, directly or through others, share a fold.
 
     Such groups can grow into a giant one. Then the threshold rises by 0.01 until the largest group is no

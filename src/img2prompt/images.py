@@ -103,8 +103,9 @@ def embed_pictures(
     layers = tower(clip.model.visual)
     frozen, last = layers[: len(layers) - keep], layers[len(layers) - keep :]
     pictures = Pictures(references, clip.transform)
-    rows = [np.arange(start, min(start + batch_size, len(references)))
-            for start in range(0, len(references), batch_size)]
+    rows = [
+        np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
+    ]
     files: dict[str, np.memmap] = {}
     cuda = torch.device(device).type == "cuda"
     batches = progress(pictures.batches(rows), f"CLIP on {split} pictures", len(rows), "batch")

@@ -169,9 +169,7 @@ def _distances(queries: torch.Tensor, keys: torch.Tensor, index: torch.Tensor) -
     return distance
 
 
-def _relative_weights(
-    distance: torch.Tensor, distance_dim: torch.Tensor, eps: float, coef: float
-) -> torch.Tensor:
+def _relative_weights(distance: torch.Tensor, distance_dim: torch.Tensor, eps: float, coef: float) -> torch.Tensor:
     """Eq. 4 divided by the largest weight of each row: in (0, 1], whatever the power. (..., k) float64.
 
     In logarithms, because d**64 of close neighbours is far below what even float64 can hold.
@@ -317,22 +315,16 @@ def fit_predict(
         raise ValueError(f"knn.keys is {keys!r}: choose text, image or both")
     parts = [queries, targets, fold, kept, scored, *(bank[kind] for kind in kinds)]
     if len({len(part) for part in parts}) > 1:
-        raise ValueError(
-            f"train rows differ: {[len(part) for part in parts]} in queries, targets, .., the bank"
-        )
+        raise ValueError(f"train rows differ: {[len(part) for part in parts]} in queries, targets, .., the bank")
     bank_size = min(len(bank_rows) for _, bank_rows in _banks(fold, kept))
     if not bank_size:
-        raise ValueError(
-            "a fold has no kept rows outside it to be neighbours: two folds or more need kept rows"
-        )
+        raise ValueError("a fold has no kept rows outside it to be neighbours: two folds or more need kept rows")
     wanted = K_GRID if k == "search" else (int(k),)
     ks = tuple(sorted({min(size, bank_size) for size in wanted}))
     dims = DISTANCE_DIM_GRID if distance_dim == "search" else (float(distance_dim),)
 
     neighbours = {kind: _out_of_fold(queries, bank[kind], fold, kept, ks[-1], device) for kind in kinds}
-    scores = {
-        kind: grid_scores(neighbours[kind], targets, targets, ks, dims, eps, coef, device) for kind in kinds
-    }
+    scores = {kind: grid_scores(neighbours[kind], targets, targets, ks, dims, eps, coef, device) for kind in kinds}
     predicted: dict[tuple[str, Setting], np.ndarray] = {}  # most folds agree on the setting
 
     def predict(kind: str, setting: Setting) -> np.ndarray:
@@ -371,9 +363,7 @@ def fit_predict(
     for kind, setting in choice.settings.items():
         found = nearest(test_queries, bank[kind][kept], setting.k, device)
         test_neighbours[kind] = Neighbours(kept_rows[found.index], found.distance)
-        by_kind[kind] = regress(
-            test_neighbours[kind], targets, setting.k, setting.distance_dim, eps, coef, device
-        )
+        by_kind[kind] = regress(test_neighbours[kind], targets, setting.k, setting.distance_dim, eps, coef, device)
     table = [
         (kind, size, power, scores[kind][scored, i, j].mean(dtype=np.float64))
         for kind in kinds

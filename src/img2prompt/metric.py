@@ -34,9 +34,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != 2:  # einsum would broadcast a single row without a word
-        raise ValueError(
-            f"cosine compares row by row: shapes {a.shape} and {b.shape} are not two equal (n, d)"
-        )
+        raise ValueError(f"cosine compares row by row: shapes {a.shape} and {b.shape} are not two equal (n, d)")
     return np.einsum("ij,ij->i", a, b, dtype=np.float64) / (_norms(a) * _norms(b))
 
 

@@ -105,8 +105,8 @@ class LinearHead(nn.Module):
 class PaperHead(nn.Module):
     """Model A, eq. 1-3: N1 = LayerNorm1(FC1(V)), N2 = LayerNorm2(FC2(N1)), A = w*N1 + (1-w)*N2, w learned from 0.5.
 
-    FC1 starts as the ridge regression and FC2 as the identity. Each norm adds back the mean that it takes out
-    of a typical output, so that N1, N2 and A all start in the ridge regression's direction.
+    FC1 starts as the ridge regression and FC2 as the identity. A norm takes out the mean over the t outputs, which
+    is next to nothing beside their spread, and the scale, so N1, N2 and A start in the ridge regression's direction.
 
     Args:
         standardise: of the pooled features.
@@ -151,7 +151,7 @@ class Stored:
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
 
-    def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:  # noqa: ARG002
+    def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
         """Yield (b, ...) float32."""
         for batch in rows:
             yield torch.from_numpy(self._array[batch]).float()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # A reference is a file's path, or `file#offset+size`: bytes inside a larger file, such as a tar's member.
 
@@ -45,7 +45,9 @@ def decode(data: bytes) -> Image.Image:
             picture = Image.open(io.BytesIO(data))
             picture.load()
             picture = ImageOps.exif_transpose(picture)
-    except Exception as error:  # noqa: BLE001 - decoders raise nearly anything on damaged bytes
+    except UnidentifiedImageError:
+        raise ValueError("UnidentifiedImageError: no picture in a format that Pillow reads") from None
+    except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if picture.mode.startswith(("I", "F")):
         return picture.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")

@@ -167,9 +167,7 @@ def _moved(
 
 
 def _ghost(sprite: Image.Image) -> Image.Image:
-    pale = Image.blend(
-        sprite.convert("L").convert("RGB"), Image.new("RGB", sprite.size, (222, 230, 255)), 0.45
-    )
+    pale = Image.blend(sprite.convert("L").convert("RGB"), Image.new("RGB", sprite.size, (222, 230, 255)), 0.45)
     pale.putalpha(sprite.getchannel("A").point(lambda alpha: alpha * 0.55))
     return pale
 
@@ -177,9 +175,7 @@ def _ghost(sprite: Image.Image) -> Image.Image:
 def _shadow(sprite: Image.Image, colour: Rgb) -> Image.Image:
     """The shape of a sprite in one colour, about without its halo."""
     dark = Image.new("RGBA", sprite.size, colour)
-    dark.putalpha(
-        sprite.getchannel("A").filter(ImageFilter.BoxBlur(2)).point(lambda alpha: (alpha - 190) * 8)
-    )
+    dark.putalpha(sprite.getchannel("A").filter(ImageFilter.BoxBlur(2)).point(lambda alpha: (alpha - 190) * 8))
     return dark
 
 
@@ -255,8 +251,7 @@ _SIGNS: dict[str, tuple[str, Box]] = {
     "gift": ("🎁", (0.74, 0.74, 0.36)),
 }
 _CIRCLE: tuple[Box, ...] = tuple(
-    (0.5 + 0.38 * math.cos(turn * math.tau / 8), 0.5 + 0.38 * math.sin(turn * math.tau / 8), 0.25)
-    for turn in range(8)
+    (0.5 + 0.38 * math.cos(turn * math.tau / 8), 0.5 + 0.38 * math.sin(turn * math.tau / 8), 0.25) for turn in range(8)
 )
 _SHOWER: tuple[Box, ...] = tuple(
     (x, y, 0.2)
@@ -328,9 +323,7 @@ def _staged(scene: Scene, rng: Random) -> list[tuple[Image.Image, Box]]:
     return [(sprite, moved((0.5, 0.54, 0.7)))]
 
 
-def _pair(
-    relation: str, first: Thing, other: Thing, moved: Callable[[Box], Box]
-) -> list[tuple[Image.Image, Box]]:
+def _pair(relation: str, first: Thing, other: Thing, moved: Callable[[Box], Box]) -> list[tuple[Image.Image, Box]]:
     layout = words().relations[relation].draw[0]
     sprite, second = _dressed(first), _dressed(other)
     middle: Box = (0.5, 0.55, 0.5)
@@ -448,9 +441,7 @@ def _place(name: str, size: int, variant: int) -> Image.Image:
     haze = _rgb(bottom)
     if ground != "none":
         near = tuple(channel * 7 // 10 for channel in _rgb(ground))
-        canvas.paste(
-            _gradient(size, _rgb(ground), near, size - level).crop((0, 0, size, size - level)), (0, level)
-        )
+        canvas.paste(_gradient(size, _rgb(ground), near, size - level).crop((0, 0, size, size - level)), (0, level))
         spots = [(0.12, 0.3), (0.88, 0.3), (0.36, 0.22), (0.66, 0.22)]
         boxes = [(x + rng.uniform(-0.05, 0.05), level / size - 0.36 * side, side) for x, side in spots]
         boxes += [(rng.choice((0.1, 0.9)) + rng.uniform(-0.03, 0.03), 0.88, 0.3)]
@@ -535,13 +526,9 @@ def _spotlight(canvas: Image.Image) -> Image.Image:
     size = canvas.width
     cone = Image.new("L", canvas.size, 60)
     draw = ImageDraw.Draw(cone)
-    draw.polygon(
-        [(size * 0.44, 0), (size * 0.56, 0), (size * 0.88, size * 0.86), (size * 0.12, size * 0.86)], fill=225
-    )
+    draw.polygon([(size * 0.44, 0), (size * 0.56, 0), (size * 0.88, size * 0.86), (size * 0.12, size * 0.86)], fill=225)
     draw.ellipse((size * 0.12, size * 0.74, size * 0.88, size * 0.98), fill=255)
-    return Image.composite(
-        _graded(canvas, (255, 250, 190), (255, 250, 190), 0.5), Image.new("RGB", canvas.size), cone
-    )
+    return Image.composite(_graded(canvas, (255, 250, 190), (255, 250, 190), 0.5), Image.new("RGB", canvas.size), cone)
 
 
 def _weather(canvas: Image.Image, weather: str, rng: Random) -> None:
@@ -702,9 +689,7 @@ def _toned(dark: Rgb, bright: Rgb, pixels: Pixels, rng: Random) -> Pixels:
 def _sepia(pixels: Pixels, rng: Random) -> Pixels:
     y, x = _grid(len(pixels))
     vignette = 1 - 0.45 * (((x - 64) ** 2 + (y - 64) ** 2) / 8192)
-    return _toned((48, 28, 12), (246, 222, 176), pixels, rng) * vignette + 18 * (
-        _grain(len(pixels), 60) - 0.5
-    )
+    return _toned((48, 28, 12), (246, 222, 176), pixels, rng) * vignette + 18 * (_grain(len(pixels), 60) - 0.5)
 
 
 def _blueprint(pixels: Pixels, rng: Random) -> Pixels:
@@ -765,9 +750,7 @@ def _thermal(pixels: Pixels, rng: Random) -> Pixels:
 
 def _chalk(pixels: Pixels, rng: Random) -> Pixels:
     dust = 0.6 + 0.6 * _grain(len(pixels), 70, rng.randrange(4))
-    return _mixed(
-        (30, 62, 48), (250, 250, 244), ((_edges(pixels) + 0.1 * _light(pixels) / 255) * dust).clip(0, 1)
-    )
+    return _mixed((30, 62, 48), (250, 250, 244), ((_edges(pixels) + 0.1 * _light(pixels) / 255) * dust).clip(0, 1))
 
 
 def _woodcut(pixels: Pixels, rng: Random) -> Pixels:
@@ -805,9 +788,7 @@ def _bricks(pixels: Pixels, rng: Random) -> Pixels:
 def _terminal(pixels: Pixels, rng: Random) -> Pixels:
     y, _ = _grid(len(pixels))
     glyphs = (np.random.default_rng(rng.randrange(4)).random((64, 64, 1)) > 0.35).astype(np.float32)
-    noise = np.asarray(Image.fromarray(glyphs[..., 0]).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))[
-        ..., None
-    ]
+    noise = np.asarray(Image.fromarray(glyphs[..., 0]).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))[..., None]
     share = (0.9 * _edges(pixels) + 0.75 * (1 - _light(pixels) / 255) * noise) * (1 - 0.5 * (y % 4 < 1))
     return _mixed((0, 14, 2), (90, 255, 110), share.clip(0, 1))
 
@@ -815,9 +796,7 @@ def _terminal(pixels: Pixels, rng: Random) -> Pixels:
 def _nightvision(pixels: Pixels, rng: Random) -> Pixels:
     y, x = _grid(len(pixels))
     scope = np.hypot(x - 64, y - 64) < 62
-    return (
-        _toned((0, 26, 4), (170, 255, 150), pixels, rng) * np.where(scope, 1, 0.08) * (1 - 0.12 * (y % 2 < 1))
-    )
+    return _toned((0, 26, 4), (170, 255, 150), pixels, rng) * np.where(scope, 1, 0.08) * (1 - 0.12 * (y % 2 < 1))
 
 
 def _vapor(pixels: Pixels, rng: Random) -> Pixels:
@@ -851,17 +830,13 @@ def _gold(pixels: Pixels, rng: Random) -> Pixels:
 
 def _ukiyoe(pixels: Pixels, rng: Random) -> Pixels:
     flat = (_filtered(_vivid(pixels, 0.8), ImageFilter.MedianFilter(5)) / 60).round() * 60
-    inked = _mixed((28, 42, 92), (246, 232, 200), _light(flat) / 255) * 0.5 + flat * np.array(
-        [0.52, 0.46, 0.38]
-    )
+    inked = _mixed((28, 42, 92), (246, 232, 200), _light(flat) / 255) * 0.5 + flat * np.array([0.52, 0.46, 0.38])
     return inked * (1 - 0.75 * _edges(pixels))
 
 
 def _fresco(pixels: Pixels, rng: Random) -> Pixels:
     cracks = _cells(len(pixels), 8, rng.randrange(4))[1]
-    plaster = (
-        _grain(len(pixels), 40, rng.randrange(4)) * 50 + _vivid(pixels, 0.6) * 0.62 + np.array([68, 54, 34])
-    )
+    plaster = _grain(len(pixels), 40, rng.randrange(4)) * 50 + _vivid(pixels, 0.6) * 0.62 + np.array([68, 54, 34])
     return np.where(cracks, 78, plaster)
 
 
@@ -956,9 +931,7 @@ def _polaroid(picture: Image.Image, rng: Random) -> Image.Image:
 def _card(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (36, 22, 62))
     draw.rounded_rectangle([size * v for v in (0.13, 0.01, 0.87, 0.99)], size * 0.06, fill=(232, 204, 120))
-    draw.rectangle(
-        [size * v for v in (0.17, 0.05, 0.83, 0.95)], outline=(120, 70, 20), width=max(size // 64, 1)
-    )
+    draw.rectangle([size * v for v in (0.17, 0.05, 0.83, 0.95)], outline=(120, 70, 20), width=max(size // 64, 1))
     for glyph, y in (("☀", 0.13), ("🌙", 0.89)):
         _paste(ground, _sprite(glyph), (0.5, y, 0.13))
     return _inset(picture, ground, (0.2, 0.21, 0.8, 0.81))
@@ -986,18 +959,14 @@ def _keyhole(picture: Image.Image, rng: Random) -> Image.Image:
     mask = Image.new("L", picture.size)
     draw, size = ImageDraw.Draw(mask), picture.width
     draw.ellipse([size * v for v in (0.16, 0.04, 0.84, 0.72)], fill=255)
-    draw.polygon(
-        [(size * x, size * y) for x, y in ((0.36, 0.6), (0.64, 0.6), (0.8, 0.98), (0.2, 0.98))], fill=255
-    )
+    draw.polygon([(size * x, size * y) for x, y in ((0.36, 0.6), (0.64, 0.6), (0.8, 0.98), (0.2, 0.98))], fill=255)
     return Image.composite(picture, Image.new("RGB", picture.size, (48, 30, 18)), mask)
 
 
 def _tv(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (204, 190, 160))
     draw.rounded_rectangle([size * v for v in (0.03, 0.08, 0.97, 0.94)], size * 0.08, fill=(104, 66, 38))
-    draw.line(
-        [size * 0.3, 0, size * 0.5, size * 0.1, size * 0.74, 0], fill=(60, 60, 64), width=max(size // 50, 1)
-    )
+    draw.line([size * 0.3, 0, size * 0.5, size * 0.1, size * 0.74, 0], fill=(60, 60, 64), width=max(size // 50, 1))
     for y in (0.28, 0.46):
         draw.ellipse([size * v for v in (0.83, y, 0.93, y + 0.1)], fill=(226, 206, 160))
     lines = Image.fromarray((np.asarray(picture) * np.where(_grid(size)[0] % 3 < 1, 0.7, 1)).astype(np.uint8))
@@ -1007,9 +976,7 @@ def _tv(picture: Image.Image, rng: Random) -> Image.Image:
 def _phone(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (226, 228, 234))
     draw.rounded_rectangle([size * v for v in (0.14, 0.0, 0.86, 1.0)], size * 0.09, fill=(22, 22, 26))
-    draw.ellipse(
-        [size * v for v in (0.46, 0.91, 0.54, 0.99)], outline=(150, 150, 156), width=max(size // 80, 1)
-    )
+    draw.ellipse([size * v for v in (0.46, 0.91, 0.54, 0.99)], outline=(150, 150, 156), width=max(size // 80, 1))
     return _inset(picture, ground, (0.18, 0.09, 0.82, 0.89))
 
 
@@ -1017,9 +984,7 @@ def _film(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (18, 16, 16))
     for step in range(9):
         for y in (0.03, 0.91):
-            draw.rectangle(
-                [size * v for v in (step / 9 + 0.03, y, step / 9 + 0.08, y + 0.06)], fill=(236, 232, 222)
-            )
+            draw.rectangle([size * v for v in (step / 9 + 0.03, y, step / 9 + 0.08, y + 0.06)], fill=(236, 232, 222))
     return _inset(picture, ground, (0.1, 0.12, 0.9, 0.88))
 
 
@@ -1027,9 +992,7 @@ def _sticker(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (128, 138, 150))
     draw.rounded_rectangle([size * v for v in (0.06, 0.06, 0.94, 0.94)], size * 0.2, fill=(255, 255, 255))
     mask = Image.new("L", picture.size)
-    ImageDraw.Draw(mask).rounded_rectangle(
-        [size * v for v in (0.11, 0.11, 0.89, 0.89)], size * 0.16, fill=255
-    )
+    ImageDraw.Draw(mask).rounded_rectangle([size * v for v in (0.11, 0.11, 0.89, 0.89)], size * 0.16, fill=255)
     framed = Image.composite(picture, ground, mask)
     curl = [(size * x, size * y) for x, y in ((0.94, 0.7), (0.7, 0.94), (0.7, 0.72))]
     ImageDraw.Draw(framed).polygon(curl, fill=(226, 228, 232))
@@ -1054,9 +1017,7 @@ def _badge(picture: Image.Image, rng: Random) -> Image.Image:
 def _wall(picture: Image.Image, rng: Random) -> Image.Image:
     pixels, (y, x) = np.asarray(_vivid(np.asarray(picture, np.float32), 1.5)), _grid(picture.width)
     joint = (y % 10 < 1.2) | ((x + 10 * (y // 10 % 2)) % 20 < 1.2)
-    brick = np.where(
-        joint, np.array([206, 196, 186]), np.array([164, 76, 56]) + 30 * (_grain(len(pixels), 40) - 0.5)
-    )
+    brick = np.where(joint, np.array([206, 196, 186]), np.array([164, 76, 56]) + 30 * (_grain(len(pixels), 40) - 0.5))
     paper = (_light(pixels) > 215) & (np.ptp(pixels, axis=2, keepdims=True) < 40)
     return _image(np.where(paper, brick, np.where(joint, 0.75, 1) * (0.82 * pixels + 0.18 * brick)))
 
@@ -1065,9 +1026,7 @@ def _window(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (216, 200, 176))
     draw.rectangle([size * v for v in (0.07, 0.05, 0.93, 0.9)], fill=(248, 246, 240), outline=(128, 112, 92))
     framed = _inset(picture, ground, (0.12, 0.1, 0.88, 0.85))
-    draw.rectangle(
-        [size * v for v in (0.485, 0.08, 0.515, 0.87)], fill=(248, 246, 240), outline=(128, 112, 92)
-    )
+    draw.rectangle([size * v for v in (0.485, 0.08, 0.515, 0.87)], fill=(248, 246, 240), outline=(128, 112, 92))
     draw.rectangle([size * v for v in (0.02, 0.88, 0.98, 0.95)], fill=(236, 228, 214), outline=(128, 112, 92))
     for x in (0.0, 0.86):
         draw.rectangle([size * v for v in (x, 0, x + 0.14, 0.96)], fill=(176, 60, 68))
@@ -1080,9 +1039,7 @@ def _comic(picture: Image.Image, rng: Random) -> Image.Image:
     panels = (picture, middle, ImageOps.mirror(picture), picture)
     for i, panel in enumerate(panels):
         left, top = 0.02 + 0.49 * (i % 2), 0.02 + 0.49 * (i // 2)
-        ground = _inset(
-            ImageOps.expand(panel, size // 24, (0, 0, 0)), ground, (left, top, left + 0.47, top + 0.47)
-        )
+        ground = _inset(ImageOps.expand(panel, size // 24, (0, 0, 0)), ground, (left, top, left + 0.47, top + 0.47))
     return ground
 
 
@@ -1105,9 +1062,7 @@ def _wanted(picture: Image.Image, rng: Random) -> Image.Image:
 def _sign(picture: Image.Image, rng: Random) -> Image.Image:
     ground, draw, size = _sheet(picture, (150, 190, 220))
     draw.rectangle([size * v for v in (0.47, 0.9, 0.53, 1)], fill=(110, 110, 116))
-    draw.polygon(
-        [(size * x, size * y) for x, y in ((0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5))], fill=(20, 20, 20)
-    )
+    draw.polygon([(size * x, size * y) for x, y in ((0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5))], fill=(20, 20, 20))
     draw.polygon(
         [(size * x, size * y) for x, y in ((0.5, 0.04), (0.96, 0.5), (0.5, 0.96), (0.04, 0.5))],
         fill=(255, 206, 30),
@@ -1138,9 +1093,7 @@ def _globe(picture: Image.Image, rng: Random) -> Image.Image:
     base = [round(size * v) for v in (0, 0.83, 1, 1)]
     ball.paste(ground.crop(base), base[:2])
     draw = ImageDraw.Draw(ball)
-    draw.ellipse(
-        [size * v for v in (0.08, 0.02, 0.92, 0.87)], outline=(226, 240, 250), width=max(size // 40, 1)
-    )
+    draw.ellipse([size * v for v in (0.08, 0.02, 0.92, 0.87)], outline=(226, 240, 250), width=max(size // 40, 1))
     for _ in range(26):
         x, y = rng.uniform(0.2, 0.8), rng.uniform(0.1, 0.78)
         draw.ellipse([size * v for v in (x - 0.01, y - 0.01, x + 0.01, y + 0.01)], fill=(255, 255, 255))
@@ -1151,9 +1104,7 @@ def _cover(picture: Image.Image, rng: Random) -> Image.Image:
     colour = rng.choice(((150, 30, 40), (30, 60, 120), (26, 96, 70), (96, 50, 110)))
     ground, draw, size = _sheet(picture, (214, 208, 198))
     draw.rectangle([size * v for v in (0.1, 0.02, 0.92, 0.98)], fill=colour)
-    draw.rectangle(
-        [size * v for v in (0.1, 0.02, 0.15, 0.98)], fill=tuple(channel // 2 for channel in colour)
-    )
+    draw.rectangle([size * v for v in (0.1, 0.02, 0.15, 0.98)], fill=tuple(channel // 2 for channel in colour))
     for y, width in ((0.07, 0.5), (0.12, 0.34), (0.9, 0.3)):
         x = 0.535 - width / 2
         draw.rectangle([size * v for v in (x, y, x + width, y + 0.03)], fill=(250, 236, 190))
@@ -1167,9 +1118,7 @@ FRAMES: dict[str, Frame] = {
     "painting": _painting,
     "porthole": _porthole,
     "keyhole": _keyhole,
-    "binoculars": lambda picture, rng: _masked(
-        picture, (6, 6, 8), (0, 0.16, 0.68, 0.84), (0.32, 0.16, 1, 0.84)
-    ),
+    "binoculars": lambda picture, rng: _masked(picture, (6, 6, 8), (0, 0.16, 0.68, 0.84), (0.32, 0.16, 1, 0.84)),
     "tv": _tv,
     "phone": _phone,
     "film": _film,

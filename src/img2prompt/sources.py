@@ -75,8 +75,9 @@ def write_rows(path: Path, rows: Rows) -> None:
     The pictures' digest stands in the file's metadata: pictures that change under the same names change
     the file, and with it every later stage.
     """
-    table = pa.Table.from_pandas(rows.table, schema=pa.schema([(name, pa.string()) for name in ROW]),
-                                 preserve_index=False)
+    table = pa.Table.from_pandas(
+        rows.table, schema=pa.schema([(name, pa.string()) for name in ROW]), preserve_index=False
+    )
     pq.write_table(table.replace_schema_metadata({"pictures_sha256": rows.pictures}), path)
 
 

@@ -8,8 +8,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from img2prompt.storage import whole
-
 HEADER = ["imgId_eId", "val"]
 CHUNK = 512  # pictures at a time: some 5 MB of text
 TOLERANCE = 1e-4  # of a vector's norm
@@ -31,16 +29,14 @@ def write_submission(path: Path, ids: Sequence[str], predictions: np.ndarray) ->
     # The text is glued together as whole columns; nothing in Python happens value by value.
     prefixes = [f"{quote}{name.replace(quote, quote * 2) if quote else name}_" for name in ids]
     suffixes = [f"{element}{quote}," for element in range(predictions.shape[1])]
-    with whole(path) as aside, aside.open("wb") as file:
+    with path.open("wb") as file:
         file.write(f"{','.join(HEADER)}\n".encode())
         for start in range(0, len(ids), CHUNK):
             rows = slice(start, start + CHUNK)
             values = np.asarray(predictions[rows], dtype=np.float32)
             _check_norms(path, ids[rows], np.square(values, dtype=np.float64).sum(axis=1))
             names = _product(prefixes[rows], suffixes)
-            lines = pc.binary_join_element_wise(
-                *names, pc.cast(pa.array(values.ravel()), pa.string()), "\n", ""
-            )
+            lines = pc.binary_join_element_wise(*names, pc.cast(pa.array(values.ravel()), pa.string()), "\n", "")
             _, offsets, text = lines.buffers()
             file.write(memoryview(text)[: np.frombuffer(offsets, np.int32)[len(lines)]])
 

@@ -1,0 +1,229 @@
+"""The whole chain on a tiny competition, stage by stage in one process."""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import write_competition
+from PIL import Image
+
+from img2prompt.params import load_params
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = ["prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "model_a", "knn", "ensemble", "submit"]
+
+
+def stage(name, *arguments):
+    """Run one stage of the current folder, as `python -m pipelines.NAME` does."""
+    module = importlib.import_module(f"pipelines.{name}")
+    before, sys.argv = sys.argv, [f"{name}.py", *arguments]
+    try:
+        module.main(load_params())
+    finally:
+        sys.argv = before
+
+
+def chain(stages=STAGES):
+    for name in stages:
+        if name == "model_a":
+            for fold in load_params().folds.ids:
+                stage(name, str(fold))
+        else:
+            stage(name)
+
+
+def change(**sections):
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    for section, changes in sections.items():
+        values[section] |= changes
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_clip):
+    """A folder where the chain has run on 60 train and 12 test pictures, one of the latter broken."""
+    folder = tmp_path_factory.mktemp("chain")
+    before = Path.cwd()
+    os.chdir(folder)
+    write_competition(Path("input/train"), 60, seed=0)
+    test = write_competition(Path("input/test"), 12, seed=1)
+    (test / "images/p003.png").write_bytes(b"broken")
+    ids = [f"p{number:03d}" for number in reversed(range(12))]
+    lines = [f"{name}_{element},0" for name in ids for element in range(384)]
+    (test / "sample_submission.csv").write_text("\n".join(["imgId_eId,val", *lines]) + "\n")
+    Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    change(
+        prepare={"train": ["input/train"], "test": "input/test"},
+        folds={"ids": [3, 7]},
+        clip={"model": str(tiny_clip)},
+        model_a={"unfreeze": 2, "head_epochs": 1, "tower_epochs": 2},
+    )
+    chain()
+    yield folder
+    os.chdir(before)
+
+
+def scores():
+    return json.loads(Path("outputs/scores.json").read_text())
+
+
+def submission():
+    with Path("outputs/submission.csv").open() as file:
+        return list(csv.reader(file))
+
+
+def test_submission_has_every_value_once_in_the_sample_submissions_order(home):
+    header, *rows = submission()
+    assert header == ["imgId_eId", "val"]
+    assert [row[0] for row in rows] == [f"p{n:03d}_{e}" for n in reversed(range(12)) for e in range(384)]
+    values = np.array([float(row[1]) for row in rows]).reshape(12, 384)
+    assert np.allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
+
+
+def test_a_picture_that_cannot_be_read_gets_the_mean_and_is_listed(home):
+    targets, kept = np.load("outputs/embed_prompts/train.npy"), np.load("outputs/dedup/kept.npy")
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    assert set(fold) == {3, 7}
+    mean = targets[kept].mean(0)
+    values = np.array([float(row[1]) for row in submission()[1:]]).reshape(12, 384)
+    assert np.allclose(values[12 - 1 - 3], mean / np.linalg.norm(mean), atol=1e-5)
+    quarantine = pd.read_csv("outputs/prepare/quarantine.csv")
+    assert quarantine[["split", "id", "reason"]].values.tolist() == [["test", "p003", "unreadable picture"]]
+    assert scores()["prepare"] == {"quarantined": 1}
+
+
+def test_scores_are_nested_as_documented(home):
+    found = scores()
+    columns = {"fold_3", "fold_7", "mean", "std", "oof", "test"}
+    for model in ("constant", "clip", "model_a", "model_b"):
+        assert set(found[model]) == columns
+    assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched"}
+    assert set(found["folds"]) == {"group_threshold", "max_cross_fold_cosine"}
+    assert set(found["dedup"]) == {"raw", "kept", "max_test_train_cosine"}
+    assert found["dedup"]["raw"] == 60
+    two = [found["model_a"]["fold_3"], found["model_a"]["fold_7"]]
+    assert found["model_a"]["mean"] == pytest.approx(np.mean(two))
+    assert found["model_a"]["std"] == pytest.approx(np.std(two))
+
+
+def test_colours_are_learned(home):
+    found = scores()
+    for model in ("clip", "model_a", "model_b"):
+        assert found[model]["oof"] > found["constant"]["oof"] + 0.01
+
+
+def test_neighbours_come_from_other_folds_and_kept_rows_only(home):
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    kept = np.load("outputs/dedup/kept.npy")
+    for kind in ("text", "image"):
+        rows = np.load(f"outputs/knn/oof_{kind}_rows.npy")
+        assert (fold[rows] != fold[:, None]).all()
+        assert kept[rows].all()
+
+
+def test_again_the_same_bytes(home):
+    before = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+    chain()
+    after = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+    assert before.keys() == after.keys()
+    assert [path for path in before if before[path] != after[path]] == []
+
+
+def test_test_prompts_decide_nothing(home):
+    chosen = {path: path.read_bytes() for path in map(Path, ["outputs/submission.csv", "outputs/knn/choice.json"])}
+    known, before = Path("outputs/embed_prompts/test.npy"), scores()
+    original = known.read_bytes()
+    np.save(known, np.load(known)[::-1])
+    chain(["clip", "embed_images", "model_a", "knn", "ensemble", "submit"])
+    after = scores()
+    assert {path: path.read_bytes() for path in chosen} == chosen
+    for model in ("clip", "model_a", "model_b", "ensemble"):
+        assert after[model].pop("test") != before[model].pop("test")
+        assert after[model] == before[model]
+    known.write_bytes(original)
+
+
+def test_without_test_prompts_nothing_is_scored_on_test(home):
+    known = Path("outputs/embed_prompts/test.npy")
+    original = known.read_bytes()
+    known.unlink()
+    chain(["ensemble"])
+    assert "test" not in scores()["ensemble"]
+    assert "max_test_train_cosine" not in scores()["dedup"]
+    known.write_bytes(original)
+
+
+def test_a_given_alpha_is_used_and_the_best_one_still_recorded(home):
+    searched = scores()["ensemble"]["alpha_searched"]
+    change(ensemble={"alpha": 0.25})
+    chain(["ensemble"])
+    assert scores()["ensemble"]["alpha"] == 0.25
+    assert scores()["ensemble"]["alpha_searched"] == searched
+    change(ensemble={"alpha": "search"})
+
+
+def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(home):
+    before = [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")]
+    change(dedup={"threshold": 0.75})
+    chain(["dedup", "folds"])
+    assert [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")] == before
+    change(dedup={"threshold": 0.85})
+    chain(["dedup"])
+
+
+def test_augmentation_of_pictures_and_prompts_runs_and_is_reproducible(home):
+    change(
+        model_a={"augmentation": {"crop": 0.2, "rotation": 10.0, "flip": 0.5}, "tower_epochs": 1},
+        embed_prompts={"augmented": 2},
+    )
+    stages = ["embed_prompts", "embed_images", "model_a"]
+    chain(stages)
+    assert np.load("outputs/embed_prompts/augmented.npy").shape == (2, 60, 384)
+    assert not Path("outputs/embed_images/train_frozen.npy").exists()
+    first = Path("outputs/model_a/fold_3/model_a_oof.npy").read_bytes()
+    stage("model_a", "3")
+    assert Path("outputs/model_a/fold_3/model_a_oof.npy").read_bytes() == first
+
+
+def test_wrong_params_stop_a_stage_before_it_runs(tmp_path):
+    (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text().replace("k: search", "k: many"))
+    for module in ("pipelines", "pipelines.submit"):
+        done = subprocess.run(
+            [sys.executable, "-m", module],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "params.yaml" in done.stderr
+        assert "knn.k" in done.stderr
+
+
+def test_a_stage_waits_for_the_one_that_still_runs(tmp_path):
+    """A stage outlives a killed dvc; the next must not write beside it."""
+    script = "import pipelines, time, sys\n" \
+             "def main(params):\n    print('in', flush=True); time.sleep(0.4); print('out', flush=True)\n" \
+             "pipelines.run(main)\n"  # fmt: skip
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    log = tmp_path / "log"
+    with log.open("a") as file:
+        both = [
+            subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdout=file,
+                             env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+            for _ in range(2)
+        ]  # fmt: skip
+        assert [process.wait() for process in both] == [0, 0]
+    lines = [line for line in log.read_text().split() if line in ("in", "out")]
+    assert lines == ["in", "out", "in", "out"]
+
+
+def test_pictures_of_any_size_are_taken(home):
+    assert Image.open("input/train/images/p000.png").size == (32, 32)
+    assert np.load("outputs/embed_images/train_image.npy").shape == (60, 16)
