@@ -7,6 +7,7 @@ from joblib import Parallel, delayed
 
 from img2prompt.device import device
 from img2prompt.encoder import Encoder
+from img2prompt.figures import draw_examples
 from img2prompt.params import Params
 from img2prompt.pictures import pack
 from img2prompt.progress import progress
@@ -32,7 +33,7 @@ def render(rows: list[Row], split: str, folder: Path) -> Rows:
 
 
 def main(params: Params) -> None:
-    """Write {train,test}.parquet, quarantine.csv and, for the sample, {train,test}.tar."""
+    """Write {train,test}.parquet, quarantine.csv, examples.jpg and, for the sample, {train,test}.tar."""
     section = params.prepare
     sample = section.sample
     with whole_folder(OUT) as out:
@@ -51,6 +52,9 @@ def main(params: Params) -> None:
             test = read_test(Path(section.test))
         write_rows(out / "train.parquet", train)
         write_rows(out / "test.parquet", test)
+        # The sample's tar is still aside.
+        here = train.table.picture.str.replace(f"{OUT}/", f"{out}/", n=1, regex=False)
+        draw_examples(out / "examples.jpg", train.table.assign(picture=here))
         aside = pd.DataFrame(train.set_aside + test.set_aside, columns=SET_ASIDE)
         aside.to_csv(out / "quarantine.csv", index=False)
     print(f"train {len(train.table)}, test {len(test.table)}, set aside {len(aside)}")

@@ -1,12 +1,14 @@
 """search: epochs and rates for Model A and the baseline, on inner splits of the training folds.
 
 No stage: `make search` prints what to pin in params.yaml. For every fold that is predicted, the settings are
-scored on another fold, trained on the rest: the fold itself is never looked at. Both heads get the same grid.
+scored on another fold, trained on the rest: the fold itself is never looked at. Both heads get the same grids.
+`python -m pipelines.search 0 2` does so for two folds only.
 """
 
 import copy
 import itertools
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,18 @@ import pandas as pd
 
 from img2prompt.clip import load_clip, tower, unfrozen
 from img2prompt.device import device
-from img2prompt.model_a import HEADS, Stored, train
-from img2prompt.params import Params
+from img2prompt.model_a import Stored, train
+from img2prompt.params import Params, Rates
 from img2prompt.progress import progress
 from img2prompt.storage import RESUME, digest, whole
 from pipelines import run
 
-HEAD_ALONE = {"head_epochs": [1, 5, 10, 20], "lr_head": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "tower_epochs": [0]}
-WITH_TOWER = {"tower_epochs": [2, 4, 8], "lr_tower": [3e-5, 1e-4, 3e-4, 1e-3]}
+# One grid after the other, each around what is best so far, from the values of params.yaml on.
+GRIDS = [
+    {"lr_head": [3e-4, 1e-3, 3e-3], "lr_tower": [1e-3, 2e-3]},
+    {"tower_epochs": [2, 3, 4]},
+    {"head_epochs": [0, 2]},
+]
 TABLE = Path("outputs/search.csv")
 
 
@@ -42,6 +48,7 @@ def main(params: Params) -> None:
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
     layers = tower(load_clip(Path("outputs/clip"), "cpu").model.visual)
     ids = params.folds.ids
+    folds = [int(held_out) for held_out in sys.argv[1:]] or ids
 
     def score(kind: str, held_out: int, setting: dict[str, float]) -> float:
         inner = ids[(ids.index(held_out) + 1) % len(ids)]
@@ -55,19 +62,19 @@ def main(params: Params) -> None:
         shutil.rmtree(folder)
         return history.score.iloc[-1]
 
-    results = []
-    for kind in HEADS:
-        best: dict[str, float] = {}
-        for settings in (HEAD_ALONE, WITH_TOWER):
-            tried = grid(**{key: [value] for key, value in best.items()} | settings)
-            for setting, held_out in progress(list(itertools.product(tried, ids)), kind, unit="training"):
-                results.append({"head": kind, "fold": held_out, **setting, "score": score(kind, held_out, setting)})
-            table = pd.DataFrame(results[-len(tried) * len(ids) :])
-            mean = table.groupby(list(tried[0])).score.mean().sort_values(ascending=False)
-            print(f"\n{kind}\n{mean.head(5).to_string()}", flush=True)
-            best = dict(zip(mean.index.names, mean.index[0], strict=True))
-            best = {key: int(value) if key.endswith("epochs") else value for key, value in best.items()}
-        print(f"pin for {kind}: {best}")
+    results: list[dict[str, object]] = []
+    for kind, rates in (("clip", section.baseline), ("model_a", section)):
+        best = {key: getattr(rates, key) for key in Rates.model_fields}
+        known: dict[tuple[float, ...], float] = {}
+        for settings in GRIDS:
+            tried = [best | setting for setting in grid(**settings)]
+            new = [setting for setting in tried if tuple(setting.values()) not in known]
+            for setting in progress(new, f"{kind}, {' x '.join(settings)}", unit="setting"):
+                scores = {held_out: score(kind, held_out, setting) for held_out in folds}
+                results += [{"head": kind, "fold": f, **setting, "score": value} for f, value in scores.items()]
+                known[tuple(setting.values())] = sum(scores.values()) / len(scores)
+            best = max(tried, key=lambda setting: known[tuple(setting.values())])
+        print(f"{kind}: {known[tuple(best.values())]:.4f} with {best}", flush=True)
     with whole(TABLE) as path:
         pd.DataFrame(results).to_csv(path, index=False)
 

@@ -15,7 +15,9 @@ import yaml
 from conftest import write_competition
 from PIL import Image
 
+from img2prompt.clip import load_clip
 from img2prompt.params import load_params
+from img2prompt.pictures import open_picture
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = ["prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "model_a", "knn", "ensemble", "submit"]
@@ -227,3 +229,24 @@ def test_a_stage_waits_for_the_one_that_still_runs(tmp_path):
 def test_pictures_of_any_size_are_taken(home):
     assert Image.open("input/train/images/p000.png").size == (32, 32)
     assert np.load("outputs/embed_images/train_image.npy").shape == (60, 16)
+
+
+def test_the_sample_and_its_clip(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    change(
+        prepare={"sample": {"n_train": 40, "n_test": 8, "seed": 3}},
+        clip={"sample": {"pairs": 64, "epochs": 1, "seed": 0}},
+    )
+    chain(["prepare", "embed_prompts", "clip"])
+    train, test = (pd.read_parquet(f"outputs/prepare/{split}.parquet") for split in ("train", "test"))
+    assert (len(train), len(test)) == (40, 8)
+    assert open_picture(test.picture[7]).size == (128, 128)
+    assert Image.open("outputs/prepare/examples.jpg").size[0] > 6 * 128
+    # No test prompt is nearly a train prompt.
+    embeddings = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
+    assert (embeddings[1] @ embeddings[0].T).max() <= 0.85
+    assert load_clip(Path("outputs/clip"), "cpu").model.visual.image_size == (128, 128)
+    first = Path("outputs/clip/open_clip_model.safetensors").read_bytes()
+    chain(["clip"])
+    assert Path("outputs/clip/open_clip_model.safetensors").read_bytes() == first

@@ -42,6 +42,7 @@ def test_default_is_valid():
         ("knn__eps", 0.0, "knn.eps"),
         ("prepare__train", "sample", "prepare.train"),
         ("prepare__train", [], "prepare.train"),
+        ("prepare__train", ["sample", "sample"], "prepare"),
         ("prepare__sample__n_train", 10.5, "prepare.sample.n_train"),
         ("prepare__sample__seed", True, "prepare.sample.seed"),
         ("model_a__lr_head", float("nan"), "model_a.lr_head"),

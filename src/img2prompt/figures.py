@@ -1,16 +1,35 @@
-"""The run as one picture."""
+"""What people would rather look at than read: examples of the data, and the scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from img2prompt.pictures import open_picture
 
 COLOURS = {"constant": "#9aa0a6", "clip": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02", "ensemble": "#7b3294"}
+
+
+def draw_examples(path: Path, table: pd.DataFrame, columns: int = 6, rows: int = 3) -> None:
+    """Draw pictures with their prompts, evenly spread over a table of `picture` and `prompt`, as a JPEG."""
+    side, text = 160, 52
+    font = ImageFont.load_default(11)
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + text) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, row in enumerate(np.linspace(0, len(table) - 1, columns * rows).astype(int)):
+        x, y = 8 + place % columns * (side + 8), 8 + place // columns * (side + text)
+        sheet.paste(ImageOps.pad(open_picture(table.picture.iloc[row]), (side, side), color="white"), (x, y))
+        lines = wrap(table.prompt.iloc[row], 28, max_lines=3, placeholder=" …")
+        draw.multiline_text((x, y + side + 3), "\n".join(lines), "black", font, spacing=2)
+    sheet.save(path, "JPEG", quality=88)
 
 
 def draw_scores(

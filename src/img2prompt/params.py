@@ -36,6 +36,12 @@ class Prepare(Section):
     test: str
     sample: Sample
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.train)) < len(self.train):
+            raise ValueError("train names a source twice")
+        return self
+
 
 class EmbedPrompts(Section):
     """The targets' sentence encoder, and the augmented copies of the prompts."""
