@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from img2prompt.metric import bootstrap_interval, cosine
 
 

@@ -23,8 +23,7 @@ def main(params: Params) -> None:
             return
         sample, where = section.sample, device()
         # The sample's CLIP learns from pictures of its own: none of a prompt near one to train or test on.
-        paths = [Path(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
-        near = [np.load(path) for path in paths if path.exists()]
+        near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
         encode = Encoder(params.embed_prompts.model, where)
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
         recall = sample_clip.build(pairs, section.image_size, sample.epochs, sample.seed, where, out)

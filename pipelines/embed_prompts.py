@@ -14,7 +14,7 @@ from pipelines import run
 
 
 def main(params: Params) -> None:
-    """Write train.npy (n, 384), test.npy where prompts are known, augmented.npy (copies, n, 384)."""
+    """Write train.npy (n, 384), test.npy (m, 384) or (0, 384) with prompts unknown, augmented.npy (copies, n, 384)."""
     section = params.embed_prompts
     train, test = (read_rows(Path(f"outputs/prepare/{split}.parquet")) for split in ("train", "test"))
     encode = Encoder(section.model, device())
@@ -29,8 +29,7 @@ def main(params: Params) -> None:
         targets = encode(train.prompt)
         np.save(out / "train.npy", targets)
         np.save(out / "augmented.npy", np.array([encode(c) for c in copies]).reshape(-1, *targets.shape))
-        if test.prompt.notna().all():
-            np.save(out / "test.npy", encode(test.prompt))
+        np.save(out / "test.npy", encode(test.prompt if test.prompt.notna().all() else []))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def main(params: Params) -> None:
     table = pd.read_parquet("outputs/folds/folds.parquet")
     fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
-    known = Path("outputs/embed_prompts/test.npy")
-    test_targets = np.load(known) if known.exists() else None
+    test_targets = np.load("outputs/embed_prompts/test.npy")
+    known = len(test_targets) > 0
 
     oof: dict[str, np.ndarray] = {}
     test: dict[str, np.ndarray] = {}
@@ -52,12 +52,12 @@ def main(params: Params) -> None:
     scores: dict[str, object] = {}
     for name, predictions in oof.items():
         scores[name] = fold_scores(predictions, targets, fold, ids, scored)
-        if test_targets is not None:
+        if known:
             scores[name]["test"] = mean_cosine(test[name], test_targets)
     scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha}
     scores["folds"] = read_json(Path("outputs/folds/folds.json"))
     scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
-    if test_targets is not None:
+    if known:
         scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, targets, device=device())
     scores["prepare"] = {"quarantined": len(pd.read_csv("outputs/prepare/quarantine.csv"))}
 
@@ -73,7 +73,7 @@ def main(params: Params) -> None:
     thresholds = pd.read_csv("outputs/dedup/thresholds.csv")
     with whole_folder(Path("outputs/ensemble")) as out:
         np.save(out / "test.npy", test["ensemble"].astype(np.float32))
-        markdown = scores_table(oof, targets, fold, ids, scored, group, test, test_targets)
+        markdown = scores_table(oof, targets, fold, ids, scored, group, test, test_targets if known else None)
         (out / "scores.md").write_text(markdown, encoding="utf-8")
         for name, table in (("alpha", search.curve), ("fold_scores", by_fold), ("histories", histories)):
             table.to_csv(out / f"{name}.csv", index=False)
