@@ -59,6 +59,12 @@ def weights(*modules):
     return torch.cat([value.detach().flatten() for module in modules for value in module.parameters()])
 
 
+def predictions(tower, head):
+    # Not the weights: what a norm takes out has no gradient, and Adam makes steps of the rounding left there. For the
+    # same reason not the paper's head, whose two norms agree at the start, so that its mix has no gradient.
+    return predict(tower, head, Stored(FEATURES), UNSEEN, 64, "cpu")
+
+
 def test_paper_head_by_hand():
     # Two features, already standard, and two outputs. FC1 = identity: V = (1, -1) has mean 0 and deviation 1,
     # so N1 = (1, -1). FC2 swaps: N2 = (-1, 1). With w = 0.75, A = 0.75 * N1 + 0.25 * N2 = (0.5, -0.5).
@@ -182,17 +188,17 @@ def test_schedule_warms_up_and_falls():
 
 def test_accumulating_two_batches_of_one_is_a_batch_of_two(tmp_path):
     # 100 rows in steps of 6 leave a short last step: no micro-batch may be lost there either.
-    one = run(tmp_path / "a", schedule(batch_size=6))
-    two = run(tmp_path / "b", schedule(batch_size=3, accumulate=2))
-    assert torch.allclose(weights(*one[:2]), weights(*two[:2]), atol=1e-3)
+    one = run(tmp_path / "a", schedule(batch_size=6), LinearHead)
+    two = run(tmp_path / "b", schedule(batch_size=3, accumulate=2), LinearHead)
+    assert np.allclose(predictions(*one[:2]), predictions(*two[:2]), atol=1e-4)
     assert one[2][-1]["loss"] == pytest.approx(two[2][-1]["loss"], abs=1e-5)
 
 
 def test_a_short_step_weighs_its_rows_alike(tmp_path):
     # One step an epoch either way: 100 rows at once, or as micro-batches of 40, 40 and 20.
-    one = run(tmp_path / "a", schedule(batch_size=100))
-    three = run(tmp_path / "b", schedule(batch_size=40, accumulate=3))
-    assert torch.allclose(weights(*one[:2]), weights(*three[:2]), atol=1e-3)
+    one = run(tmp_path / "a", schedule(batch_size=100), LinearHead)
+    three = run(tmp_path / "b", schedule(batch_size=40, accumulate=3), LinearHead)
+    assert np.allclose(predictions(*one[:2]), predictions(*three[:2]), atol=1e-4)
 
 
 @pytest.mark.parametrize("killed_in", [1, 2])
