@@ -35,12 +35,16 @@ def main(params: Params) -> None:
         oof[kind] = np.empty_like(targets)
         for held_out in ids:
             oof[kind][fold == held_out] = np.load(f"outputs/model_a/fold_{held_out}/{kind}_oof.npy")
-        test[kind] = unit(sum(np.load(f"outputs/model_a/fold_{held_out}/{kind}_test.npy") for held_out in ids))
+        mean_of_folds = np.mean([np.load(f"outputs/model_a/fold_{held_out}/{kind}_test.npy") for held_out in ids], 0)
+        test[kind] = unit(mean_of_folds)
+    # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
+    agreement = float(np.linalg.norm(mean_of_folds, axis=1).mean())
     oof["model_b"], test["model_b"] = np.load("outputs/knn/oof.npy"), np.load("outputs/knn/test.npy")
-    search = search_alpha(oof["model_a"], oof["model_b"], targets, scored)
+    members = oof["model_a"], oof["model_b"], targets
+    search = search_alpha(*members, scored)
     if params.ensemble.alpha == "search":
-        alpha = search.alpha
-        oof["ensemble"], _ = cross_fitted(oof["model_a"], oof["model_b"], targets, fold, scored)
+        alpha = search_alpha(*members, scored, agreement).alpha
+        oof["ensemble"], _ = cross_fitted(*members, fold, scored)
     else:
         alpha = params.ensemble.alpha
         oof["ensemble"] = mix(oof["model_a"], oof["model_b"], alpha)
@@ -54,7 +58,7 @@ def main(params: Params) -> None:
         scores[name] = fold_scores(predictions, targets, fold, ids, scored)
         if known:
             scores[name]["test"] = mean_cosine(test[name], test_targets)
-    scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha}
+    scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha, "agreement": agreement}
     scores["folds"] = read_json(Path("outputs/folds/folds.json"))
     scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
     if known:
@@ -77,7 +81,9 @@ def main(params: Params) -> None:
         (out / "scores.md").write_text(markdown, encoding="utf-8")
         for name, table in (("alpha", search.curve), ("fold_scores", by_fold), ("histories", histories)):
             table.to_csv(out / f"{name}.csv", index=False)
-        draw_scores(out / "scores.png", by_fold, alpha, search.curve, histories, thresholds, params.dedup.threshold)
+        draw_scores(
+            out / "scores.png", by_fold, search.alpha, search.curve, histories, thresholds, params.dedup.threshold
+        )
     with whole(Path("outputs/scores.json")) as path:
         write_json(path, scores)
 

@@ -107,7 +107,7 @@ def test_scores_are_nested_as_documented(home):
     columns = {"fold_3", "fold_7", "mean", "std", "oof", "test"}
     for model in ("constant", "clip", "model_a", "model_b"):
         assert set(found[model]) == columns
-    assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched"}
+    assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched", "agreement"}
     assert set(found["folds"]) == {"group_threshold", "max_cross_fold_cosine"}
     assert set(found["dedup"]) == {"raw", "kept", "max_test_train_cosine"}
     assert found["dedup"]["raw"] == 60

@@ -165,3 +165,17 @@ def test_scores_table(members):
     with_test = scores_table(oof, targets, fold, [0, 1, 2], scored, np.arange(N), oof, targets)
     assert with_test.splitlines()[0].endswith("| oof [95%] | test [95%] |")
     assert with_test.splitlines()[2].count(f"{scores['oof']:.4f} [") == 2
+
+
+def test_agreement_finds_the_alpha_for_a_mean_of_models():
+    # Five models that share a direction and each err on their own, and another member; 5,000 pictures, 64-d.
+    rng = np.random.default_rng(0)
+    targets = unit(rng.normal(size=(5000, 64)))
+    shared = targets + 0.12 * rng.normal(size=(5000, 64))
+    models = [unit(shared + 0.08 * rng.normal(size=(5000, 64))) for _ in range(5)]
+    other = unit(targets + 0.16 * rng.normal(size=(5000, 64)))
+    mean = np.mean(models, axis=0)
+    agreement = float(np.linalg.norm(mean, axis=1).mean())
+    wanted = search_alpha(unit(mean), other, targets).alpha
+    assert search_alpha(models[0], other, targets, agreement=agreement).alpha == pytest.approx(wanted, abs=0.01)
+    assert abs(search_alpha(models[0], other, targets).alpha - wanted) > 0.05

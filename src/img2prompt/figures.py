@@ -46,7 +46,7 @@ def draw_scores(
     Args:
         path: of the PNG.
         fold_scores: `fold`, then a column of mean cosines a model.
-        alpha: the weight in use.
+        alpha: the best weight out of fold.
         curve: `alpha`, `score`.
         histories: `epoch`, then a column of mean cosines a head.
         thresholds: `threshold`, `kept`, `share`.
@@ -58,7 +58,7 @@ def draw_scores(
         _lines(folds, fold_scores, "fold", {"marker": "o", "linestyle": "none"})
         folds.set(title="Fold scores, out of fold", ylabel="mean cosine", xlabel="fold")
         mix.plot(curve.alpha, curve.score, color=COLOURS["ensemble"])
-        mix.axvline(alpha, color="black", linewidth=0.8, linestyle=":", label=f"in use: {alpha:.3f}")
+        mix.axvline(alpha, color="black", linewidth=0.8, linestyle=":", label=f"best: {alpha:.3f}")
         mix.set(title="Ensemble, out of fold", xlabel="alpha: 0 is Model B, 1 is Model A", ylabel="mean cosine")
         mix.legend(frameon=False)
         _lines(training, histories, "epoch", {"marker": "."})
