@@ -9,9 +9,18 @@ from img2prompt.clip import materialise
 from img2prompt.device import device
 from img2prompt.encoder import Encoder
 from img2prompt.params import Params
+from img2prompt.pictures import open_picture
 from img2prompt.sample import apart, draw
+from img2prompt.sources import read_rows
 from img2prompt.storage import whole_folder
 from pipelines import run
+
+
+def picture_size() -> int:
+    """The median shorter side of the train pictures (of 99 of them), within what an ImageNet tower is good for."""
+    pictures = read_rows(Path("outputs/prepare/train.parquet")).picture
+    some = pictures.iloc[np.linspace(0, len(pictures) - 1, 99).astype(int)]
+    return int(np.clip(np.median([min(open_picture(picture).size) for picture in some]), 128, 224))
 
 
 def main(params: Params) -> None:
@@ -26,7 +35,8 @@ def main(params: Params) -> None:
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
         encode = Encoder(params.embed_prompts.model, where)
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        recall = sample_clip.build(pairs, section.image_size, sample.epochs, sample.seed, where, out)
+        size = section.image_size or picture_size()
+        recall = sample_clip.build(pairs, size, sample.epochs, sample.seed, where, out)
     print(f"held-out pairs: {recall}")
 
 

@@ -16,6 +16,19 @@ from img2prompt.storage import read_json, whole, whole_folder, write_json
 from pipelines import run
 
 
+def read_folds(name: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Out-of-fold predictions (n, 384) and each fold's test predictions (m, 384).
+
+    The folds are those of params.yaml, not of the disk: a fold that was removed leaves its files behind.
+    """
+    folder = Path("outputs/model_a")
+    parts = [np.load(folder / f"fold_{held_out}/{name}_oof.npy") for held_out in ids]
+    oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
+    for held_out, part in zip(ids, parts, strict=True):
+        oof[fold == held_out] = part
+    return oof, [np.load(folder / f"fold_{held_out}/{name}_test.npy") for held_out in ids]
+
+
 def main(params: Params) -> None:
     """Write ensemble/{test.npy,scores.md,scores.png,alpha.csv,fold_scores.csv,histories.csv} and scores.json."""
     targets = np.load("outputs/embed_prompts/train.npy")
@@ -30,15 +43,17 @@ def main(params: Params) -> None:
     test: dict[str, np.ndarray] = {}
     oof["constant"], mean = constant(targets, fold, ids, kept)
     test["constant"] = np.tile(mean, (len(test_rows), 1))
+    # On few pictures tuning the tower does harm, on many it helps: how far to follow it is searched like alpha, between
+    # the predictions before and after. (In weight space this is WiSE-FT, arXiv 2109.01903.)
+    tuned: dict[str, float] = {}
     for kind in ("clip", "model_a"):
-        # The folds of params.yaml, not of the disk: a fold that was removed leaves its files behind.
-        oof[kind] = np.empty_like(targets)
-        for held_out in ids:
-            oof[kind][fold == held_out] = np.load(f"outputs/model_a/fold_{held_out}/{kind}_oof.npy")
-        mean_of_folds = np.mean([np.load(f"outputs/model_a/fold_{held_out}/{kind}_test.npy") for held_out in ids], 0)
-        test[kind] = unit(mean_of_folds)
+        before, after = (read_folds(name, fold, ids) for name in ("start", kind))
+        oof[kind], _ = cross_fitted(after[0], before[0], targets, fold, scored)
+        tuned[kind] = search_alpha(after[0], before[0], targets, scored).alpha
+        mixed = [mix(a, b, tuned[kind]) for a, b in zip(after[1], before[1], strict=True)]
+        test[kind] = unit(np.mean(mixed, axis=0))
     # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
-    agreement = float(np.linalg.norm(mean_of_folds, axis=1).mean())
+    agreement = float(np.linalg.norm(np.mean(mixed, axis=0), axis=1).mean())
     oof["model_b"], test["model_b"] = np.load("outputs/knn/oof.npy"), np.load("outputs/knn/test.npy")
     members = oof["model_a"], oof["model_b"], targets
     search = search_alpha(*members, scored)
@@ -58,6 +73,8 @@ def main(params: Params) -> None:
         scores[name] = fold_scores(predictions, targets, fold, ids, scored)
         if known:
             scores[name]["test"] = mean_cosine(test[name], test_targets)
+    for kind, share in tuned.items():
+        scores[kind]["tuned"] = share
     scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha, "agreement": agreement}
     scores["folds"] = read_json(Path("outputs/folds/folds.json"))
     scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}

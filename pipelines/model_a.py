@@ -14,7 +14,7 @@ from img2prompt import clip, images, model_a
 from img2prompt.clip import load_clip, tower, unfrozen
 from img2prompt.device import device
 from img2prompt.images import Drawn, Pictures
-from img2prompt.model_a import Inputs, Stored, predict, train
+from img2prompt.model_a import Inputs, Stored, predict, start_head, train
 from img2prompt.params import Params
 from img2prompt.sources import read_rows
 from img2prompt.storage import RESUME, digest, whole_folder
@@ -29,7 +29,10 @@ CODE = [Path(file) for file in (clip.__file__, images.__file__, model_a.__file__
 
 
 def main(params: Params) -> None:
-    """Write {clip,model_a}.safetensors, _oof.npy (rows of the fold, 384), _test.npy (m, 384), _history.csv."""
+    """Write {clip,model_a}.safetensors, _oof.npy (rows of the fold, 384), _test.npy (m, 384), _history.csv.
+
+    start_oof.npy and start_test.npy are of the ridge regression on the untouched tower, where both heads start.
+    """
     held_out, section, where = int(sys.argv[1]), params.model_a, device()
     pooled = np.load("outputs/embed_images/train_pooled.npy")
     targets = np.concatenate(
@@ -58,6 +61,10 @@ def main(params: Params) -> None:
         if stale.name != key:
             shutil.rmtree(stale)
     with whole_folder(Path(f"outputs/model_a/fold_{held_out}")) as out:
+        start = start_head("clip", pooled[rows], targets[0, rows], section.dropout)
+        for name, split, wanted in (("oof", "train", unseen), ("test", "test", test)):
+            features = Stored(np.load(f"outputs/embed_images/{split}_pooled.npy", mmap_mode="r"))
+            np.save(out / f"start_{name}.npy", predict(nn.Identity(), start, features, wanted, 1024, where))
         for kind, rates in (("clip", section.baseline), ("model_a", section)):
             last = copy.deepcopy(unfrozen(layers, section.unfreeze))
             head, history = train(

@@ -105,8 +105,10 @@ def test_a_picture_that_cannot_be_read_gets_the_mean_and_is_listed(home):
 def test_scores_are_nested_as_documented(home):
     found = scores()
     columns = {"fold_3", "fold_7", "mean", "std", "oof", "test"}
-    for model in ("constant", "clip", "model_a", "model_b"):
+    for model in ("constant", "model_b"):
         assert set(found[model]) == columns
+    for model in ("clip", "model_a"):
+        assert set(found[model]) == columns | {"tuned"}
     assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched", "agreement"}
     assert set(found["folds"]) == {"group_threshold", "max_cross_fold_cosine"}
     assert set(found["dedup"]) == {"raw", "kept", "max_test_train_cosine"}

@@ -291,6 +291,13 @@ def fit(
     return history
 
 
+def start_head(kind: str, pooled: np.ndarray, targets: np.ndarray, dropout: float) -> nn.Module:
+    """A head as it starts: the ridge regression from pooled (n, d) to targets (n, t), both of the training rows."""
+    features = torch.from_numpy(pooled)
+    standardise = Standardise(features)
+    return HEADS[kind](standardise, ridge(standardise(features), torch.from_numpy(targets)), dropout)
+
+
 def train(
     kind: str,
     pooled: np.ndarray,
@@ -323,10 +330,7 @@ def train(
         The trained head, and the history: `phase`, `epoch`, `loss`, `score`.
     """
     torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
-    features = torch.from_numpy(pooled[rows])
-    standardise = Standardise(features)
-    start = ridge(standardise(features), torch.from_numpy(targets[0, rows]))
-    head = HEADS[kind](standardise, start, settings.dropout)
+    head = start_head(kind, pooled[rows], targets[0, rows], settings.dropout)
     history = []
     for phase, layers, source, epochs in (
         ("head", nn.Identity(), Stored(pooled), rates.head_epochs),

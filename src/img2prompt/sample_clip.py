@@ -68,11 +68,20 @@ def train(model: nn.Module, features: Tensor, tokens: Tensor, epochs: int, seed:
     mean, std = features.mean(0), features.std(0) + 1e-6
     features = (features - mean) / std
     projection = model.visual.head.proj
-    trained = [*model.text.parameters(), *projection.parameters(), model.logit_scale]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98))
+    # The projection starts as the principal components and stays near them: pictures of another kind than the pairs
+    # keep what tells them apart.
+    covariance = (features.T @ features).double()
+    with torch.no_grad():
+        projection.weight.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(projection.weight) :].T)
+        projection.bias.zero_()
+    groups = [
+        {"params": [*model.text.parameters(), model.logit_scale], "lr": 1e-3},
+        {"params": list(projection.parameters()), "lr": 1e-4, "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.1, betas=(0.9, 0.98))
     batch = min(512, len(features))
     steps = epochs * (len(features) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=[1e-3, 1e-4], total_steps=steps, pct_start=0.1)
     loss = ClipLoss()
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -101,14 +110,12 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
     return {f"R@{rank}": round(float((place < rank).float().mean()), 4) for rank in ranks}
 
 
-def build(
-    rows: Sequence[Row], image_size: int | None, epochs: int, seed: int, device: str, folder: Path
-) -> dict[str, float]:
+def build(rows: Sequence[Row], size: int, epochs: int, seed: int, device: str, folder: Path) -> dict[str, float]:
     """Train the sample's CLIP on rows of the sample and write it as an open_clip folder.
 
     Args:
         rows: pictures and prompts to learn from; the last tenth, at most 1,000, is held out.
-        image_size: side of the tower's input in pixels; None: 128, as the sample is drawn.
+        size: side of the tower's input in pixels.
         epochs: passes over the pairs.
         seed: of weights and order.
         device: a torch device.
@@ -117,7 +124,6 @@ def build(
     Returns:
         R@1 and R@10 among the held-out pairs.
     """
-    size = image_size or CONFIG["vision_cfg"]["image_size"]
     model, tokenizer = untrained(seed, size)
     layers = tower(model.visual).to(device, memory_format=torch.channels_last)
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
