@@ -9,7 +9,7 @@ from img2prompt.dedup import max_cosine
 from img2prompt.device import device
 from img2prompt.ensemble import constant, cross_fitted, fold_scores, mix, scores_table, search_alpha
 from img2prompt.figures import draw_scores
-from img2prompt.metric import mean_cosine, unit
+from img2prompt.metric import mean_cosine
 from img2prompt.params import Params
 from img2prompt.sources import read_rows
 from img2prompt.storage import read_json, whole, whole_folder, write_json
@@ -27,6 +27,14 @@ def read_folds(name: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarray,
     for held_out, part in zip(ids, parts, strict=True):
         oof[fold == held_out] = part
     return oof, [np.load(folder / f"fold_{held_out}/{name}_test.npy") for held_out in ids]
+
+
+def agreement(predictions: list[np.ndarray]) -> float:
+    """The norm of the mean of several models' predictions (m, 384), norm 1 each; 1 if they all say the same.
+
+    Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
+    """
+    return float(np.linalg.norm(np.mean(predictions, axis=0), axis=1).mean())
 
 
 def main(params: Params) -> None:
@@ -49,16 +57,17 @@ def main(params: Params) -> None:
     for kind in ("clip", "model_a"):
         before, after = (read_folds(name, fold, ids) for name in ("start", kind))
         oof[kind], _ = cross_fitted(after[0], before[0], targets, fold, scored)
-        tuned[kind] = search_alpha(after[0], before[0], targets, scored).alpha
-        mixed = [mix(a, b, tuned[kind]) for a, b in zip(after[1], before[1], strict=True)]
-        test[kind] = unit(np.mean(mixed, axis=0))
-    # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
-    agreement = float(np.linalg.norm(np.mean(mixed, axis=0), axis=1).mean())
+        both = agreement(after[1]), agreement(before[1])
+        tuned[kind] = search_alpha(after[0], before[0], targets, scored, both).alpha
+        test[kind] = mix(np.mean(after[1], axis=0), np.mean(before[1], axis=0), tuned[kind])
+    # Model A as it is on test, out of fold and by each fold's models: what the weight for test is searched on.
+    single = mix(after[0], before[0], tuned["model_a"])
+    agreed = agreement([mix(a, b, tuned["model_a"]) for a, b in zip(after[1], before[1], strict=True)])
     oof["model_b"], test["model_b"] = np.load("outputs/knn/oof.npy"), np.load("outputs/knn/test.npy")
     members = oof["model_a"], oof["model_b"], targets
     search = search_alpha(*members, scored)
     if params.ensemble.alpha == "search":
-        alpha = search_alpha(*members, scored, agreement).alpha
+        alpha = search_alpha(single, oof["model_b"], targets, scored, (agreed, 1.0)).alpha
         oof["ensemble"], _ = cross_fitted(*members, fold, scored)
     else:
         alpha = params.ensemble.alpha
@@ -75,7 +84,7 @@ def main(params: Params) -> None:
             scores[name]["test"] = mean_cosine(test[name], test_targets)
     for kind, share in tuned.items():
         scores[kind]["tuned"] = share
-    scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha, "agreement": agreement}
+    scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha, "agreement": agreed}
     scores["folds"] = read_json(Path("outputs/folds/folds.json"))
     scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
     if known:

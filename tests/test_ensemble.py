@@ -177,5 +177,5 @@ def test_agreement_finds_the_alpha_for_a_mean_of_models():
     mean = np.mean(models, axis=0)
     agreement = float(np.linalg.norm(mean, axis=1).mean())
     wanted = search_alpha(unit(mean), other, targets).alpha
-    assert search_alpha(models[0], other, targets, agreement=agreement).alpha == pytest.approx(wanted, abs=0.01)
+    assert search_alpha(models[0], other, targets, agreement=(agreement, 1.0)).alpha == pytest.approx(wanted, abs=0.01)
     assert abs(search_alpha(models[0], other, targets).alpha - wanted) > 0.05

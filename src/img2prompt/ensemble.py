@@ -77,23 +77,28 @@ def _search(to_target: np.ndarray, gram: np.ndarray) -> AlphaSearch:
 
 
 def search_alpha(
-    a: np.ndarray, b: np.ndarray, targets: np.ndarray, rows: np.ndarray | None = None, agreement: float = 1.0
+    a: np.ndarray,
+    b: np.ndarray,
+    targets: np.ndarray,
+    rows: np.ndarray | None = None,
+    agreement: tuple[float, float] = (1.0, 1.0),
 ) -> AlphaSearch:
     """The alpha of `mix` with the best mean cosine to targets (n, d) over rows (mask or indices; else all).
 
     The 101 points 0, 0.01, .. 1 find the hill, a scalar search its top. Of equally good alphas the one
     nearest to 0.5 wins (of two such, the lower): where the data are silent, the members count alike.
 
-    `agreement` below 1 finds the alpha for where `a` will be a mean of several models like the one that made it:
-    it is the norm of their mean, each at norm 1. What they agree on has the same dot product with target and b as
-    in any one of them, so at norm 1 the mean is nearer to both by 1 / agreement; no target is needed to know it.
+    `agreement` (of a, of b) below 1 finds the alpha for where a member will be a mean of several models like the one
+    that made it: it is the norm of their mean, each at norm 1. What they agree on has the same dot product with the
+    target and the other member as in any one of them, so at norm 1 the mean is nearer to both by 1 / agreement; no
+    target is needed to know it.
     Deterministic. Raises ValueError where there are no rows, or one is all zeros or not finite.
     """
     if rows is not None:
         a, b, targets = a[rows], b[rows], targets[rows]
     to_target, gram = member_cosines([a, b], targets)
-    to_target[:, 0] /= agreement
-    gram[:, [0, 1], [1, 0]] /= agreement
+    to_target /= agreement
+    gram[:, [0, 1], [1, 0]] /= agreement[0] * agreement[1]
     return _search(to_target, gram)
 
 
