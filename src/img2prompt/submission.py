@@ -25,6 +25,7 @@ def write_submission(path: Path, ids: Sequence[str], predictions: np.ndarray) ->
     if predictions.ndim != 2 or len(ids) != len(predictions):
         raise ValueError(f"{path}: {len(ids)} ids for predictions {predictions.shape}: one row for each id")
     _check_ids(path, ids)
+    _check_norms(path, ids, np.einsum("ij,ij->i", predictions, predictions, dtype=np.float64))
     quote = '"' if any(set(name) & set(',"\r\n') for name in ids) else ""
     # The text is glued together as whole columns; nothing in Python happens value by value.
     prefixes = [f"{quote}{name.replace(quote, quote * 2) if quote else name}_" for name in ids]
@@ -34,7 +35,6 @@ def write_submission(path: Path, ids: Sequence[str], predictions: np.ndarray) ->
         for start in range(0, len(ids), CHUNK):
             rows = slice(start, start + CHUNK)
             values = np.asarray(predictions[rows], dtype=np.float32)
-            _check_norms(path, ids[rows], np.square(values, dtype=np.float64).sum(axis=1))
             names = _product(prefixes[rows], suffixes)
             lines = pc.binary_join_element_wise(*names, pc.cast(pa.array(values.ravel()), pa.string()), "\n", "")
             _, offsets, text = lines.buffers()
