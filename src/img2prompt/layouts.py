@@ -307,10 +307,9 @@ def _samples(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes | None]
 
 def _sample(path: Path, row: int, name: str, members: list[tuple[Member, bytes | None]]) -> Entry:
     picture = next((f"{path}#{start}+{size}" for (suffix, start, size), _ in members if suffix in SUFFIXES), None)
-    if picture is None:
-        return Entry(row, name, None, None, None, "missing picture", f"add it to {path}, beside its text")
+    aside = () if picture else (None, "missing picture", f"add it to {path}, beside its text")
     texts = {suffix: data for (suffix, _, _), data in members if data is not None}
-    return Entry(row, name, picture, _caption(texts))
+    return Entry(row, name, picture, _caption(texts), *aside)
 
 
 def _caption(texts: dict[str, bytes]) -> str | None:

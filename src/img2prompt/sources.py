@@ -25,7 +25,6 @@ from img2prompt.progress import progress
 
 TEXTS = pa.schema(dict.fromkeys(("id", "source", "prompt"), pa.string()))
 ROWS = pa.schema(dict.fromkeys(("id", "source", "picture", "prompt"), pa.string()) | {"fold": pa.int64()})
-SET_ASIDE = ("split", "source", "row", "id", "reason", "fix")
 # A test row stays for these, without its picture, and they do not count towards the limit.
 PICTURE_REASONS = frozenset({"outside the folder", "missing picture", "unreadable picture", "not downloaded"})
 CHUNK = 64  # rows that a thread checks at a time
@@ -67,8 +66,9 @@ class Quarantine:
     def __init__(self, path: Path) -> None:
         # What is no UTF-8 must still be listed.
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-        self._csv = csv.writer(self._file, lineterminator="\n")
-        self._csv.writerow(SET_ASIDE)
+        self._file.write(f"{','.join(SetAside._fields)}\n")
+        # Quoted even where the csv module sees no need: it overlooks a lone carriage return.
+        self._csv = csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         self.counts: Counter[str] = Counter()
 
     def add(self, rows: Iterable[SetAside]) -> None:

@@ -90,8 +90,6 @@ def read_table(path: Path, names: Sequence[str]) -> Iterator[Line]:
             records = _records(file, delimiter)
             next(records)
             for row, (cells, wrong) in enumerate(records, start=2):
-                if not wrong and len(cells) != len(known):
-                    wrong = f"{len(cells)} fields where the header has {len(known)}: quote text with {delimiter!r}"
                 yield Line(row, [] if wrong else [cells[place] for place in places], wrong)
 
 
@@ -161,8 +159,8 @@ class _Lines:
 
 
 def _records(file: TextIO, delimiter: str) -> Iterator[tuple[list[str], str]]:
-    """Yield each record's cells, or none and what to mend."""
-    lines = _Lines(file)
+    """Yield each record's cells, as many as the first has, or none and what to mend."""
+    lines, width = _Lines(file), 0
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         lines.taken.clear()
@@ -171,13 +169,19 @@ def _records(file: TextIO, delimiter: str) -> Iterator[tuple[list[str], str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # A quote that is not closed takes all up to the next one: only its own line is lost.
-            lines.give_back_all_but_first()
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            yield [], f"close its quotes, and double those inside ({error})"
-            continue
-        if cells:
-            yield cells, ""
+            wrong = f"close its quotes, and double those inside ({error})"
+        else:
+            if not cells:
+                continue
+            width = width or len(cells)
+            if len(cells) == width:
+                yield cells, ""
+                continue
+            wrong = f"{len(cells)} fields where the header has {width}: quote text that holds {delimiter!r}"
+        # A quote that is not closed takes all up to the next one: only its own line is lost.
+        lines.give_back_all_but_first()
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        yield [], wrong
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, object] | None, str]]:
