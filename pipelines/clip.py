@@ -1,10 +1,11 @@
 """clip: one open_clip folder, whether from the sample, a hub or a disk."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from img2prompt import sample_clip
+from img2prompt import render, sample_clip
 from img2prompt.clip import materialise
 from img2prompt.device import device
 from img2prompt.encoder import Encoder
@@ -12,7 +13,7 @@ from img2prompt.params import Params
 from img2prompt.pictures import open_picture
 from img2prompt.sample import apart, draw
 from img2prompt.sources import read_rows
-from img2prompt.storage import whole_folder
+from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
 
@@ -36,7 +37,11 @@ def main(params: Params) -> None:
         encode = Encoder(params.embed_prompts.model, where)
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
         size = section.image_size or picture_size()
-        recall = sample_clip.build(pairs, size, sample.epochs, sample.seed, where, out)
+        code = [Path(file) for file in (sample_clip.__file__, render.__file__)]
+        scenes = "\n".join(map(repr, pairs))
+        resume = resume_folder("clip", sample.model_dump_json(), f"{size} {where}", scenes, *code)
+        recall = sample_clip.build(pairs, size, sample.epochs, sample.seed, where, out, resume)
+    shutil.rmtree(RESUME / "clip")
     print(f"held-out pairs: {recall}")
 
 

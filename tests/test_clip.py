@@ -66,13 +66,14 @@ def test_the_sample_tower_has_imagenet_weights(sample_folder):
     assert torch.equal(trunk.bn2.running_var, imagenet["_bn1.running_var"])
 
 
-def test_materialised_clip_gives_the_same_embeddings(tiny_clip):
+def test_materialised_clip_gives_the_same_embeddings(tiny_clip, tmp_path):
     model = open_clip.create_model("tiny-vit", pretrained=str(tiny_clip.parent / "weights.pt")).eval()
     clip = load_clip(tiny_clip, "cpu")
     picture = clip.transform(Image.new("RGB", (50, 40), "red"))[None]
     with torch.no_grad():
         assert torch.allclose(clip.model.encode_image(picture), model.encode_image(picture), atol=1e-6)
-    texts = embed_texts(clip, ["a cat", "a dog", "a cat"], 2, "cpu")
+    texts = np.load(embed_texts(clip, ["a cat", "a dog", "a cat"], 2, "cpu", tmp_path / "some"))
+    assert np.load(embed_texts(clip, [], 2, "cpu", tmp_path / "none")).shape == (0, 16)
     assert texts.shape == (3, 16)
     assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
     assert np.allclose(texts[0], texts[2], atol=1e-6)
@@ -93,7 +94,7 @@ def test_unknown_clips_are_named(tmp_path, model, pretrained, message):
         materialise(model, pretrained, None, tmp_path)
 
 
-def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
+def test_contrastive_training_finds_pairs_and_folds_standardisation_in(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = sample_clip.untrained(seed=0, size=128)
     words = ["cat", "dog", "house", "tree", "car", "boat", "moon", "fish"]
@@ -101,7 +102,7 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
     centres = 3 * torch.randn(8, 1280) + 5
     features = centres[classes] + 0.1 * torch.randn(256, 1280)
     tokens = tokenizer([words[i] for i in classes])
-    sample_clip.train(model, features, tokens, epochs=25, seed=0)
+    sample_clip.train(model, features, tokens, epochs=25, seed=0, resume=tmp_path)
     with torch.no_grad():
         images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
         texts = model.encode_text(tokenizer(words), normalize=True)
@@ -113,3 +114,33 @@ def test_retrieval_by_hand():
     images = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0.6, 0.8]])
     # The second picture is nearer to the first text; the others find their own.
     assert sample_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
+
+
+def test_contrastive_training_goes_on_after_a_kill(tmp_path, monkeypatch):
+    features = torch.randn(64, 1280, generator=torch.Generator().manual_seed(0))
+
+    def trained(resume):
+        model, tokenizer = sample_clip.untrained(seed=0, size=128)
+        tokens = tokenizer([f"a cat {number}" for number in range(64)])
+        sample_clip.train(model, features, tokens, epochs=3, seed=0, resume=resume)
+        return model.state_dict()
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    expected = trained(tmp_path / "whole")
+    save, saved = sample_clip._save, []
+
+    def killed(path, *rest):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, *rest)
+
+    monkeypatch.setattr(sample_clip, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed")
+    steps = []
+    monkeypatch.setattr(sample_clip, "_save", lambda path, *rest: steps.append(path.name))
+    found = trained(tmp_path / "killed")
+    assert steps == ["epoch_2.safetensors", "epoch_3.safetensors"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
