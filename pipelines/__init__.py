@@ -65,7 +65,7 @@ def _parents() -> list[int]:
     if parent is None:
         return []
     with contextlib.suppress(psutil.Error):
-        if "-c" in parent.cmdline()[1:2]:
+        if parent.name().endswith("sh") and "-c" in parent.cmdline():
             return [parent.pid, parent.ppid()]
     return [parent.pid]
 

@@ -18,7 +18,10 @@ CODE = [Path(file) for file in (clip.__file__, images.__file__, __file__)]
 
 
 def main(params: Params) -> None:
-    """Write {train,texts}_text.npy, {train,test}_{image,pooled}.npy and, with a tower to tune, {train,test}_frozen.npy."""
+    """Write {train,texts}_text.npy and {train,test}_{image,pooled}.npy.
+
+    With a tower to tune also {train,test}_frozen.npy.
+    """
     batch_size, where = params.embed_images.batch_size, device()
     model = load_clip(Path("outputs/clip"), where)
     # With augmentation the frozen layers see new pictures every epoch: nothing to keep.
