@@ -1,5 +1,6 @@
 """clip: one open_clip folder, whether from the sample, a hub or a disk."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from img2prompt.storage import whole_folder
 from pipelines import run
 
 
-def picture_size() -> int:
-    """The median shorter side of the train pictures (of 99 of them), within what an ImageNet tower is good for."""
-    pictures = read_rows(Path("outputs/prepare/train.parquet")).picture
-    some = pictures.iloc[np.linspace(0, len(pictures) - 1, 99).astype(int)]
-    return int(np.clip(np.median([min(open_picture(picture).size) for picture in some]), 128, 224))
+def spread(references: Sequence[str], count: int) -> list[str]:
+    """Up to `count` of them, evenly spaced."""
+    return [references[i] for i in np.linspace(0, len(references) - 1, min(count, len(references))).astype(int)]
+
+
+def picture_size(references: Sequence[str]) -> int:
+    """Their median shorter side in pixels, within what an ImageNet tower is good for."""
+    return int(np.clip(np.median([min(open_picture(reference).size) for reference in references]), 128, 224))
 
 
 def main(params: Params) -> None:
@@ -35,8 +39,10 @@ def main(params: Params) -> None:
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
         encode = Encoder(params.embed_prompts.model, where)
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        size = section.image_size or picture_size()
-        recall = sample_clip.build(pairs, size, sample.epochs, sample.seed, where, out)
+        pictures = read_rows(Path("outputs/prepare/train.parquet")).picture.tolist()
+        size = section.image_size or picture_size(spread(pictures, 99))
+        own = spread(pictures, 2000)  # enough for principal components
+        recall = sample_clip.build(pairs, own, size, sample.epochs, sample.seed, where, out)
     print(f"held-out pairs: {recall}")
 
 

@@ -101,11 +101,26 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
     centres = 3 * torch.randn(8, 1280) + 5
     features = centres[classes] + 0.1 * torch.randn(256, 1280)
     tokens = tokenizer([words[i] for i in classes])
-    sample_clip.train(model, features, tokens, epochs=25, seed=0)
+    sample_clip.train(model, features, tokens, own=features, epochs=25, seed=0)
     with torch.no_grad():
         images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
         texts = model.encode_text(tokenizer(words), normalize=True)
     assert sample_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
+
+
+def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart():
+    torch.manual_seed(0)
+    model, tokenizer = sample_clip.untrained(seed=0, size=128)
+    own = 0.01 * torch.randn(600, 1280)
+    own[:, :5] += torch.randn(600, 1) * torch.ones(5)  # one thing varies among them; none of it among the pairs
+    features = torch.randn(256, 1280)
+    features[:, :5] = 0
+    tokens = tokenizer(["cat", "dog"] * 128)
+    sample_clip.train(model, features, tokens, own=own, epochs=1, seed=0)
+    with torch.no_grad():
+        projected = project(model.visual, own)
+    along = torch.corrcoef(torch.cat([own[:, :1], projected], dim=1).T)[0, 1:]
+    assert along.abs().max() > 0.9
 
 
 def test_retrieval_by_hand():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import open_clip
@@ -11,9 +11,11 @@ from joblib import Parallel, delayed
 from open_clip.loss import ClipLoss
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor, nn
 
 from img2prompt.clip import project, save_clip, tower
+from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
 from img2prompt.render import render
 from img2prompt.sample import Row
@@ -55,22 +57,23 @@ def untrained(seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.Simp
     return model.eval(), tokenizer
 
 
-def train(model: nn.Module, features: Tensor, tokens: Tensor, epochs: int, seed: int) -> None:
+def train(model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epochs: int, seed: int) -> None:
     """Train the text transformer and the image projection with CLIP's contrastive loss, the tower frozen.
 
     Args:
         model: from `untrained`; changed in place.
         features: (n, 1280) float32, the tower's pooled output of the pictures.
         tokens: (n, context) int64, their prompts.
+        own: (m, 1280) float32, the same of pictures of the competition; their prompts are not asked for.
         epochs: passes over the pairs.
         seed: of the order of the pairs.
     """
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    features = (features - mean) / std
+    mean, std = own.mean(0), own.std(0) + 1e-6
+    features, own = (features - mean) / std, (own - mean) / std
     projection = model.visual.head.proj
-    # The projection starts as the principal components and stays near them: pictures of another kind than the pairs
-    # keep what tells them apart.
-    covariance = (features.T @ features).double()
+    # The projection starts as the principal components of the competition's pictures and stays near them: where they
+    # are of another kind than the pairs, what tells them apart is kept.
+    covariance = (own.T @ own).double()
     with torch.no_grad():
         projection.weight.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(projection.weight) :].T)
         projection.bias.zero_()
@@ -110,11 +113,14 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
     return {f"R@{rank}": round(float((place < rank).float().mean()), 4) for rank in ranks}
 
 
-def build(rows: Sequence[Row], size: int, epochs: int, seed: int, device: str, folder: Path) -> dict[str, float]:
+def build(
+    rows: Sequence[Row], pictures: Sequence[str], size: int, epochs: int, seed: int, device: str, folder: Path
+) -> dict[str, float]:
     """Train the sample's CLIP on rows of the sample and write it as an open_clip folder.
 
     Args:
         rows: pictures and prompts to learn from; the last tenth, at most 1,000, is held out.
+        pictures: where pictures of the competition are; the projection starts as their principal components.
         size: side of the tower's input in pixels.
         epochs: passes over the pairs.
         seed: of weights and order.
@@ -127,20 +133,26 @@ def build(rows: Sequence[Row], size: int, epochs: int, seed: int, device: str, f
     model, tokenizer = untrained(seed, size)
     layers = tower(model.visual).to(device, memory_format=torch.channels_last)
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-    drawn = Parallel(n_jobs=-1, return_as="generator")(delayed(render)(row.scene, size) for row in rows)
-    parts: list[Tensor] = []
-    batch: list[Tensor] = []
-    with torch.no_grad():
-        for number, picture in enumerate(progress(drawn, "drawing pairs", len(rows), "picture"), start=1):
-            batch.append(transform(picture))
-            if len(batch) == 64 or number == len(rows):
-                x = torch.stack(batch).to(device, memory_format=torch.channels_last)
-                parts.append(layers(x).float())
-                batch.clear()
-    features, tokens = torch.cat(parts), tokenizer([row.prompt for row in rows]).to(device)
+
+    def pooled(source: Iterable[Image.Image], count: int, what: str) -> Tensor:
+        parts: list[Tensor] = []
+        batch: list[Tensor] = []
+        with torch.no_grad():
+            for number, picture in enumerate(progress(source, what, count, "picture"), start=1):
+                batch.append(transform(picture))
+                if len(batch) == 64 or number == count:
+                    x = torch.stack(batch).to(device, memory_format=torch.channels_last)
+                    parts.append(layers(x).float())
+                    batch.clear()
+        return torch.cat(parts)
+
+    jobs = Parallel(n_jobs=-1, return_as="generator")
+    own = pooled(jobs(delayed(open_picture)(path) for path in pictures), len(pictures), "reading pictures")
+    drawn = jobs(delayed(render)(row.scene, size) for row in rows)
+    features, tokens = pooled(drawn, len(rows), "drawing pairs"), tokenizer([row.prompt for row in rows]).to(device)
     held_out = min(1000, len(rows) // 10)
     model.to(device)
-    train(model, features[:-held_out], tokens[:-held_out], epochs, seed)
+    train(model, features[:-held_out], tokens[:-held_out], own, epochs, seed)
     with torch.no_grad():
         images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
         recall = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
