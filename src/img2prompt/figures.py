@@ -15,7 +15,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from img2prompt.pictures import open_picture
 
-COLOURS = {"constant": "#9aa0a6", "clip": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02", "ensemble": "#7b3294"}
+COLOURS = {
+    "constant": "#9aa0a6", "ridge": "#e6ab02", "clip": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02",
+    "ensemble": "#7b3294",
+}  # fmt: skip
 
 
 def draw_examples(path: Path, table: pd.DataFrame, columns: int = 6, rows: int = 3) -> None:
@@ -46,8 +49,8 @@ def draw_scores(
     Args:
         path: of the PNG.
         fold_scores: `fold`, then a column of mean cosines a model.
-        alpha: the best weight out of fold.
-        curve: `alpha`, `score`.
+        alpha: the best share of Model A's family out of fold.
+        curve: `alpha`, `score`, the best at that share.
         histories: `epoch`, then a column of mean cosines a head.
         thresholds: `threshold`, `kept`, `share`.
         threshold: the one that training used.
@@ -59,7 +62,9 @@ def draw_scores(
         folds.set(title="Fold scores, out of fold", ylabel="mean cosine", xlabel="fold")
         mix.plot(curve.alpha, curve.score, color=COLOURS["ensemble"])
         mix.axvline(alpha, color="black", linewidth=0.8, linestyle=":", label=f"best: {alpha:.3f}")
-        mix.set(title="Ensemble, out of fold", xlabel="alpha: 0 is Model B, 1 is Model A", ylabel="mean cosine")
+        mix.set(
+            title="Ensemble, out of fold", xlabel="alpha: 0 is Model B, 1 is Model A's family", ylabel="mean cosine"
+        )
         mix.legend(frameon=False)
         _lines(training, histories, "epoch", {"marker": "."})
         training.set(title="Training, mean over the held-out folds", xlabel="epoch", ylabel="mean cosine")
@@ -75,4 +80,4 @@ def _lines(axes: Axes, table: pd.DataFrame, x: str, style: Mapping[str, str]) ->
         # As text, fold ids are equally far apart and no half fold gets a tick.
         places = table[x].astype(str) if x == "fold" else table[x]
         axes.plot(places, table[name], color=COLOURS[name], label=name, **style)
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # never over a point
