@@ -223,6 +223,11 @@ def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(home):
     change(dedup={"threshold": 0.75})
     chain(["dedup", "folds"])
     assert [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")] == before
+    change(dedup={"threshold": 1})
+    chain(["dedup", "folds"])
+    assert [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")] == before
+    assert np.load("outputs/dedup/kept.npy").all()
+    assert pd.read_csv("outputs/dedup/duplicates.csv").empty
     change(dedup={"threshold": 0.85})
     chain(["dedup"])
 

@@ -53,9 +53,9 @@ class EmbedPrompts(Section):
 
 
 class Dedup(Section):
-    """Cosine above which of two prompts one is dropped: from training, and from scoring."""
+    """Cosine above which of two prompts one is dropped: from training (at 1, none is), and from scoring."""
 
-    threshold: Cosine
+    threshold: Annotated[float, Field(gt=0, le=1)]
     scored: Cosine
 
 
