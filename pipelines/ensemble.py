@@ -22,11 +22,11 @@ def read_folds(name: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarray,
     The folds are those of params.yaml, not of the disk: a fold that was removed leaves its files behind.
     """
     folder = Path("outputs/model_a")
-    parts = [np.load(folder / f"fold_{held_out}/{name}_oof.npy") for held_out in ids]
+    parts = [np.load(folder / f"fold_{held_out}/0/{name}_oof.npy") for held_out in ids]
     oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
     for held_out, part in zip(ids, parts, strict=True):
         oof[fold == held_out] = part
-    return oof, [np.load(folder / f"fold_{held_out}/{name}_test.npy") for held_out in ids]
+    return oof, [np.load(folder / f"fold_{held_out}/0/{name}_test.npy") for held_out in ids]
 
 
 def agreement(predictions: list[np.ndarray]) -> float:
@@ -63,7 +63,7 @@ def main(params: Params) -> None:
     # Model A as it is on test, out of fold and by each fold's models: what the weight for test is searched on.
     single = mix(after[0], before[0], tuned["model_a"])
     agreed = agreement([mix(a, b, tuned["model_a"]) for a, b in zip(after[1], before[1], strict=True)])
-    oof["model_b"], test["model_b"] = np.load("outputs/knn/oof.npy"), np.load("outputs/knn/test.npy")
+    oof["model_b"], test["model_b"] = np.load("outputs/knn/0/oof.npy"), np.load("outputs/knn/0/test.npy")
     members = oof["model_a"], oof["model_b"], targets
     search = search_alpha(*members, scored)
     if params.ensemble.alpha == "search":
@@ -95,7 +95,7 @@ def main(params: Params) -> None:
     by_fold.insert(0, "fold", ids)
     histories = pd.DataFrame({
         kind: pd.concat([
-            pd.read_csv(f"outputs/model_a/fold_{held_out}/{kind}_history.csv").score for held_out in ids
+            pd.read_csv(f"outputs/model_a/fold_{held_out}/0/{kind}_history.csv").score for held_out in ids
         ], axis=1).mean(axis=1)
         for kind in ("clip", "model_a")
     })  # fmt: skip
