@@ -42,8 +42,8 @@ def main() -> None:
     targets = {split: np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")}
     found = {name: read_model_a(MODEL_A[name], fold, ids) for name in names if name in MODEL_A}
     predictions = {
-        "train": [found[name][0] if name in found else np.load("outputs/knn/oof.npy") for name in names],
-        "test": [np.mean(found[n][1], axis=0) if n in found else np.load("outputs/knn/test.npy") for n in names],
+        "train": [found[name][0] if name in found else np.load("outputs/knn/0/oof.npy") for name in names],
+        "test": [np.mean(found[n][1], axis=0) if n in found else np.load("outputs/knn/0/test.npy") for n in names],
     }
     for split, place in (("train", "out of fold"), ("test", "test")):
         rows = stored[stored.split == split]

@@ -35,7 +35,7 @@ def read_model_a(files: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarr
 
     The folds are those of params.yaml, not of the disk: a fold that was removed leaves its files behind.
     """
-    folders = [Path(f"outputs/model_a/fold_{held_out}") for held_out in ids]
+    folders = [Path(f"outputs/model_a/fold_{held_out}/0") for held_out in ids]
     parts = [np.load(folder / f"{files}_oof.npy") for folder in folders]
     oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
     for held_out, part in zip(ids, parts, strict=True):
@@ -65,7 +65,7 @@ def main(params: Params) -> None:
     behind["constant"] = [np.tile(mean, (len(test_rows), 1))]
     for name, files in MODEL_A.items():
         oof[name], behind[name] = read_model_a(files, fold, ids)
-    oof["model_b"], behind["model_b"] = np.load("outputs/knn/oof.npy"), [np.load("outputs/knn/test.npy")]
+    oof["model_b"], behind["model_b"] = np.load("outputs/knn/0/oof.npy"), [np.load("outputs/knn/0/test.npy")]
     test = {name: np.mean(models, axis=0) for name, models in behind.items()}
 
     names = params.ensemble.members
@@ -112,7 +112,7 @@ def main(params: Params) -> None:
     by_fold.insert(0, "fold", ids)
     histories = pd.DataFrame({
         kind: pd.concat([
-            pd.read_csv(f"outputs/model_a/fold_{held_out}/{kind}_history.csv").score for held_out in ids
+            pd.read_csv(f"outputs/model_a/fold_{held_out}/0/{kind}_history.csv").score for held_out in ids
         ], axis=1).mean(axis=1)
         for kind in ("clip", "model_a")
     })  # fmt: skip
