@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from img2prompt import model_a
 from img2prompt.model_a import (
+    AnyPicture,
     LinearHead,
     PaperHead,
     Ridge,
