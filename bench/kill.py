@@ -107,6 +107,8 @@ def main() -> None:
     if shutil.which("dvc") is None:
         sys.exit("dvc is not in PATH: source the environment's bin/activate first")
     log.write_bytes(b"")
+    # A shell's background job ignores Ctrl-C, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     clear(home)
     start, seen = time.monotonic(), {}
