@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test lint search
+.PHONY: help setup check submission test lint search compare
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,3 +35,8 @@ lint: $(STAMP)  ## check the style
 
 search: check  ## find Model A's epochs and rates on inner splits of the training folds
 	python -m pipelines.search
+
+A ?= HEAD
+B ?= workspace
+compare: check  ## A=exp1 B=exp2: two experiments picture by picture (or git revisions, or workspace)
+	python -m pipelines.compare $(A) $(B)

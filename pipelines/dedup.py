@@ -20,12 +20,13 @@ def main(params: Params) -> None:
     targets = np.load("outputs/embed_prompts/train.npy")
     rows = read_rows(Path("outputs/prepare/train.parquet"))
     threshold, scored = params.dedup.threshold, params.dedup.scored
-    found = deduplicate(targets, threshold, also=[scored, *TABLE], device=device())
-    kept = dict(zip(found.thresholds, found.kept, strict=True))
+    found = deduplicate(targets, threshold if threshold < 1 else scored, also=[scored, *TABLE], device=device())
+    kept, pairs = dict(zip(found.thresholds, found.kept, strict=True)), found.duplicates
+    if threshold == 1:  # every row: not the cosines' affair, which rounding may put above 1 for equal prompts
+        kept[threshold], pairs = np.ones(len(targets), dtype=bool), pairs.iloc[:0]
     with whole_folder(Path("outputs/dedup")) as out:
         np.save(out / "kept.npy", kept[threshold])
         np.save(out / "scored.npy", kept[scored])
-        pairs = found.duplicates
         pd.DataFrame(
             {
                 "dropped": rows.id.to_numpy()[pairs.dropped],

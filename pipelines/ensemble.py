@@ -1,4 +1,4 @@
-"""ensemble: Model A and Model B joined by a weight found out of fold, and every model's scores."""
+"""ensemble: all members joined by weights found out of fold, and every model's scores."""
 
 from pathlib import Path
 
@@ -7,91 +7,108 @@ import pandas as pd
 
 from img2prompt.dedup import max_cosine
 from img2prompt.device import device
-from img2prompt.ensemble import constant, cross_fitted, fold_scores, mix, scores_table, search_alpha
+from img2prompt.ensemble import (
+    Cosines,
+    alpha_curve,
+    constant,
+    cross_fitted,
+    fold_scores,
+    gain_over_best_member,
+    mix,
+    scores_table,
+    search_weights,
+    spread,
+)
 from img2prompt.figures import draw_scores
-from img2prompt.metric import mean_cosine
+from img2prompt.folds import components, similarity_forest
+from img2prompt.metric import cosine
 from img2prompt.params import Params
 from img2prompt.sources import read_rows
 from img2prompt.storage import read_json, whole, whole_folder, write_json
 from pipelines import run
 
+MODEL_A = {"ridge": "start", "clip": "clip", "model_a": "model_a"}  # the family's models, and the names of their files
 
-def read_folds(name: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+
+def read_model_a(files: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Out-of-fold predictions (n, 384) and each fold's test predictions (m, 384).
 
     The folds are those of params.yaml, not of the disk: a fold that was removed leaves its files behind.
     """
-    folder = Path("outputs/model_a")
-    parts = [np.load(folder / f"fold_{held_out}/0/{name}_oof.npy") for held_out in ids]
+    folders = [Path(f"outputs/model_a/fold_{held_out}/0") for held_out in ids]
+    parts = [np.load(folder / f"{files}_oof.npy") for folder in folders]
     oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
     for held_out, part in zip(ids, parts, strict=True):
         oof[fold == held_out] = part
-    return oof, [np.load(folder / f"fold_{held_out}/0/{name}_test.npy") for held_out in ids]
-
-
-def agreement(predictions: list[np.ndarray]) -> float:
-    """The norm of the mean of several models' predictions (m, 384), norm 1 each; 1 if they all say the same.
-
-    Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
-    """
-    return float(np.linalg.norm(np.mean(predictions, axis=0), axis=1).mean())
+    return oof, [np.load(folder / f"{files}_test.npy", mmap_mode="r") for folder in folders]
 
 
 def main(params: Params) -> None:
-    """Write ensemble/{test.npy,scores.md,scores.png,alpha.csv,fold_scores.csv,histories.csv} and scores.json."""
+    """Write ensemble/ (see below) and scores.json.
+
+    test.npy (m, 384): the ensemble. cosines.parquet: a row a picture, a column a model with the cosine of its
+    prediction, out of fold or on test. members.csv: the members' weights. alpha.csv, fold_scores.csv, histories.csv:
+    what scores.png draws. scores.md: the table.
+    """
     targets = np.load("outputs/embed_prompts/train.npy")
-    test_rows = read_rows(Path("outputs/prepare/test.parquet"))
+    train_rows, test_rows = (read_rows(Path(f"outputs/prepare/{split}.parquet")) for split in ("train", "test"))
     table = pd.read_parquet("outputs/folds/folds.parquet")
     fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
     test_targets = np.load("outputs/embed_prompts/test.npy")
     known = len(test_targets) > 0
 
+    # Of every model its out-of-fold predictions, and on test those of each model behind it: one a fold, or one in all.
     oof: dict[str, np.ndarray] = {}
-    test: dict[str, np.ndarray] = {}
+    behind: dict[str, list[np.ndarray]] = {}
     oof["constant"], mean = constant(targets, fold, ids, kept)
-    test["constant"] = np.tile(mean, (len(test_rows), 1))
-    # On few pictures tuning the tower does harm, on many it helps: how far to follow it is searched like alpha, between
-    # the predictions before and after. (In weight space this is WiSE-FT, arXiv 2109.01903.)
-    tuned: dict[str, float] = {}
-    for kind in ("clip", "model_a"):
-        before, after = (read_folds(name, fold, ids) for name in ("start", kind))
-        oof[kind], _ = cross_fitted(after[0], before[0], targets, fold, scored)
-        both = agreement(after[1]), agreement(before[1])
-        tuned[kind] = search_alpha(after[0], before[0], targets, scored, both).alpha
-        test[kind] = mix(np.mean(after[1], axis=0), np.mean(before[1], axis=0), tuned[kind])
-    # Model A as it is on test, out of fold and by each fold's models: what the weight for test is searched on.
-    single = mix(after[0], before[0], tuned["model_a"])
-    agreed = agreement([mix(a, b, tuned["model_a"]) for a, b in zip(after[1], before[1], strict=True)])
-    oof["model_b"], test["model_b"] = np.load("outputs/knn/0/oof.npy"), np.load("outputs/knn/0/test.npy")
-    members = oof["model_a"], oof["model_b"], targets
-    search = search_alpha(*members, scored)
-    if params.ensemble.alpha == "search":
-        alpha = search_alpha(single, oof["model_b"], targets, scored, (agreed, 1.0)).alpha
-        oof["ensemble"], _ = cross_fitted(*members, fold, scored)
-    else:
-        alpha = params.ensemble.alpha
-        oof["ensemble"] = mix(oof["model_a"], oof["model_b"], alpha)
-    test["ensemble"] = mix(test["model_a"], test["model_b"], alpha)
+    behind["constant"] = [np.tile(mean, (len(test_rows), 1))]
+    for name, files in MODEL_A.items():
+        oof[name], behind[name] = read_model_a(files, fold, ids)
+    oof["model_b"], behind["model_b"] = np.load("outputs/knn/0/oof.npy"), [np.load("outputs/knn/0/test.npy")]
+    test = {name: np.mean(models, axis=0) for name, models in behind.items()}
+
+    names = params.ensemble.members
+    family = np.array([name in MODEL_A for name in names])
+    alpha = None if params.ensemble.alpha == "search" else params.ensemble.alpha
+    members = Cosines.between([oof[name] for name in names], targets)
+    searched = search_weights(members[scored], family)
+    curve = alpha_curve(members[scored], family)
+    ensemble, _ = cross_fitted(members, fold, scored, family, alpha)
+    # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
+    differ = spread([behind[name] for name in names])
+    weights = search_weights(members[scored].bagged(differ), family, alpha)
+    test["ensemble"] = mix([test[name] for name in names], weights)
     unreadable = test_rows.picture.isna().to_numpy()
     for predictions in test.values():
         predictions[unreadable] = mean  # no picture to look at
 
+    cosines = train_rows[["source", "id"]].assign(split="train", fold=fold, group=group, scored=scored)
+    cosines = cosines.assign(**{name: cosine(predictions, targets) for name, predictions in oof.items()})
+    cosines["ensemble"] = ensemble
+    if known:
+        groups = read_json(Path("outputs/folds/folds.json"))["group_threshold"]
+        near = components(len(test_rows), similarity_forest(test_targets, groups), groups)
+        on_test = test_rows[["source", "id"]].assign(split="test", fold=-1, group=near, scored=True)
+        on_test = on_test.assign(**{name: cosine(predictions, test_targets) for name, predictions in test.items()})
+        cosines = pd.concat([cosines, on_test], ignore_index=True)
+    models = [*oof, "ensemble"]
+
+    train = cosines[(cosines.split == "train") & cosines.scored]
     scores: dict[str, object] = {}
-    for name, predictions in oof.items():
-        scores[name] = fold_scores(predictions, targets, fold, ids, scored)
+    for name in models:
+        scores[name] = fold_scores(train[name].to_numpy(), train.fold.to_numpy(), ids)
         if known:
-            scores[name]["test"] = mean_cosine(test[name], test_targets)
-    for kind, share in tuned.items():
-        scores[kind]["tuned"] = share
-    scores["ensemble"] |= {"alpha": alpha, "alpha_searched": search.alpha, "agreement": agreed}
+            scores[name]["test"] = float(on_test[name].mean())
+    shares = {"alpha": float(weights[family].sum()), "alpha_searched": float(searched[family].sum())}
+    scores["ensemble"] |= shares
     scores["folds"] = read_json(Path("outputs/folds/folds.json"))
     scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
     if known:
         scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, targets, device=device())
     scores["prepare"] = {"quarantined": len(pd.read_csv("outputs/prepare/quarantine.csv"))}
 
-    by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in oof})
+    by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in models})
     by_fold.insert(0, "fold", ids)
     histories = pd.DataFrame({
         kind: pd.concat([
@@ -101,14 +118,18 @@ def main(params: Params) -> None:
     })  # fmt: skip
     histories.insert(0, "epoch", histories.index + 1)
     thresholds = pd.read_csv("outputs/dedup/thresholds.csv")
+    agreement = np.sqrt(1 - np.diag(differ))
+    weighed = pd.DataFrame({"member": names, "weight": weights, "weight_oof": searched, "agreement": agreement})
     with whole_folder(Path("outputs/ensemble")) as out:
         np.save(out / "test.npy", test["ensemble"].astype(np.float32))
-        markdown = scores_table(oof, targets, fold, ids, scored, group, test, test_targets if known else None)
-        (out / "scores.md").write_text(markdown, encoding="utf-8")
-        for name, table in (("alpha", search.curve), ("fold_scores", by_fold), ("histories", histories)):
+        cosines.astype(dict.fromkeys(models, np.float32)).to_parquet(out / "cosines.parquet", index=False)
+        report = f"{scores_table(cosines, models, ids)}\n{gain_over_best_member(cosines, names)}"
+        (out / "scores.md").write_text(report, encoding="utf-8")
+        tables = {"alpha": curve, "members": weighed, "fold_scores": by_fold, "histories": histories}
+        for name, table in tables.items():
             table.to_csv(out / f"{name}.csv", index=False)
         draw_scores(
-            out / "scores.png", by_fold, search.alpha, search.curve, histories, thresholds, params.dedup.threshold
+            out / "scores.png", by_fold, shares["alpha_searched"], curve, histories, thresholds, params.dedup.threshold
         )
     with whole(Path("outputs/scores.json")) as path:
         write_json(path, scores)

@@ -16,6 +16,8 @@ from conftest import write_competition
 from PIL import Image
 
 from img2prompt.clip import load_clip
+from img2prompt.ensemble import mix
+from img2prompt.metric import cosine
 from img2prompt.params import load_params
 from img2prompt.pictures import open_picture
 
@@ -105,11 +107,9 @@ def test_a_picture_that_cannot_be_read_gets_the_mean_and_is_listed(home):
 def test_scores_are_nested_as_documented(home):
     found = scores()
     columns = {"fold_3", "fold_7", "mean", "std", "oof", "test"}
-    for model in ("constant", "model_b"):
+    for model in ("constant", "ridge", "clip", "model_a", "model_b"):
         assert set(found[model]) == columns
-    for model in ("clip", "model_a"):
-        assert set(found[model]) == columns | {"tuned"}
-    assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched", "agreement"}
+    assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched"}
     assert set(found["folds"]) == {"group_threshold", "max_cross_fold_cosine"}
     assert set(found["dedup"]) == {"raw", "kept", "max_test_train_cosine"}
     assert found["dedup"]["raw"] == 60
@@ -120,8 +120,38 @@ def test_scores_are_nested_as_documented(home):
 
 def test_colours_are_learned(home):
     found = scores()
-    for model in ("clip", "model_a", "model_b"):
+    for model in ("ridge", "clip", "model_a", "model_b"):
         assert found[model]["oof"] > found["constant"]["oof"] + 0.01
+
+
+def test_scores_are_those_of_the_predictions(home):
+    """The stored cosines, the scores and the files that they come from say the same."""
+    cosines = pd.read_parquet("outputs/ensemble/cosines.parquet")
+    train, test = cosines[cosines.split == "train"], cosines[cosines.split == "test"]
+    targets, scored = np.load("outputs/embed_prompts/train.npy"), np.load("outputs/dedup/scored.npy")
+    assert train.id.tolist() == pd.read_parquet("outputs/prepare/train.parquet").id.tolist()
+    assert (train.scored == scored).all()
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    for model, file in (("ridge", "start"), ("clip", "clip"), ("model_a", "model_a")):
+        for held_out in (3, 7):
+            direct = cosine(np.load(f"outputs/model_a/fold_{held_out}/0/{file}_oof.npy"), targets[fold == held_out])
+            assert np.allclose(train[model][fold == held_out], direct, atol=1e-6)
+            assert scores()[model][f"fold_{held_out}"] == pytest.approx(direct[scored[fold == held_out]].mean())
+    assert np.allclose(train.model_b, cosine(np.load("outputs/knn/0/oof.npy"), targets), atol=1e-6)
+    final = cosine(np.load("outputs/ensemble/test.npy"), np.load("outputs/embed_prompts/test.npy"))
+    assert np.allclose(test.ensemble, final, atol=1e-6)
+    assert scores()["ensemble"]["test"] == pytest.approx(final.mean())
+
+
+def test_weights_are_a_simplex_and_alpha_is_the_family_s_share(home):
+    members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
+    assert members.index.tolist() == ["model_a", "clip", "ridge", "model_b"]
+    for column, key in (("weight", "alpha"), ("weight_oof", "alpha_searched")):
+        assert (members[column] >= 0).all()
+        assert members[column].sum() == pytest.approx(1)
+        assert scores()["ensemble"][key] == pytest.approx(1 - members[column]["model_b"])
+    assert members.agreement["model_b"] == 1
+    assert (members.agreement.drop("model_b") < 1).all()
 
 
 def test_neighbours_come_from_other_folds_and_kept_rows_only(home):
@@ -142,14 +172,15 @@ def test_again_the_same_bytes(home):
 
 
 def test_test_prompts_decide_nothing(home):
-    chosen = {path: path.read_bytes() for path in map(Path, ["outputs/submission.csv", "outputs/knn/0/choice.json"])}
+    files = ["submission.csv", "knn/0/choice.json", "ensemble/members.csv", "ensemble/alpha.csv"]
+    chosen = {path: path.read_bytes() for path in map(Path("outputs").joinpath, files)}
     known, before = Path("outputs/embed_prompts/test.npy"), scores()
     original = known.read_bytes()
     np.save(known, np.load(known)[::-1])
     chain(["clip", "embed_images", "model_a", "knn", "ensemble", "submit"])
     after = scores()
     assert {path: path.read_bytes() for path in chosen} == chosen
-    for model in ("clip", "model_a", "model_b", "ensemble"):
+    for model in ("ridge", "clip", "model_a", "model_b", "ensemble"):
         assert after[model].pop("test") != before[model].pop("test")
         assert after[model] == before[model]
     known.write_bytes(original)
@@ -169,9 +200,22 @@ def test_a_given_alpha_is_used_and_the_best_one_still_recorded(home):
     searched = scores()["ensemble"]["alpha_searched"]
     change(ensemble={"alpha": 0.25})
     chain(["ensemble"])
-    assert scores()["ensemble"]["alpha"] == 0.25
+    assert scores()["ensemble"]["alpha"] == pytest.approx(0.25)
     assert scores()["ensemble"]["alpha_searched"] == searched
     change(ensemble={"alpha": "search"})
+
+
+def test_the_paper_s_ensemble_is_that_of_two_members(home):
+    before = scores()
+    change(ensemble={"members": ["model_a", "model_b"], "alpha": 0.6})
+    chain(["ensemble"])
+    a = np.mean([np.load(f"outputs/model_a/fold_{f}/0/model_a_test.npy") for f in (3, 7)], axis=0)
+    expected = mix([a, np.load("outputs/knn/0/test.npy")], [0.6, 0.4])
+    readable = np.arange(12) != 8  # p003, which is fourth from the end
+    assert np.allclose(np.load("outputs/ensemble/test.npy")[readable], expected[readable], atol=1e-6)
+    assert scores()["clip"] == before["clip"]
+    change(ensemble={"members": ["model_a", "clip", "ridge", "model_b"], "alpha": "search"})
+    chain(["ensemble"])
 
 
 def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(home):
@@ -179,6 +223,11 @@ def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(home):
     change(dedup={"threshold": 0.75})
     chain(["dedup", "folds"])
     assert [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")] == before
+    change(dedup={"threshold": 1})
+    chain(["dedup", "folds"])
+    assert [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")] == before
+    assert np.load("outputs/dedup/kept.npy").all()
+    assert pd.read_csv("outputs/dedup/duplicates.csv").empty
     change(dedup={"threshold": 0.85})
     chain(["dedup"])
 

@@ -168,11 +168,26 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
     centres = 3 * torch.randn(8, 1280) + 5
     features = centres[classes] + 0.1 * torch.randn(256, 1280)
     tokens = tokenizer([words[i] for i in classes])
-    sample_clip.train(model, features, tokens, epochs=25, seed=0)
+    sample_clip.train(model, features, tokens, own=features, epochs=25, seed=0)
     with torch.no_grad():
         images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
         texts = model.encode_text(tokenizer(words), normalize=True)
     assert sample_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
+
+
+def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart():
+    torch.manual_seed(0)
+    model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
+    own = 0.01 * torch.randn(600, 1280)
+    own[:, :5] += torch.randn(600, 1) * torch.ones(5)  # one thing varies among them; none of it among the pairs
+    features = torch.randn(256, 1280)
+    features[:, :5] = 0
+    tokens = tokenizer(["cat", "dog"] * 128)
+    sample_clip.train(model, features, tokens, own=own, epochs=1, seed=0)
+    with torch.no_grad():
+        projected = project(model.visual, own)
+    along = torch.corrcoef(torch.cat([own[:, :1], projected], dim=1).T)[0, 1:]
+    assert along.abs().max() > 0.9
 
 
 def test_retrieval_by_hand():
@@ -182,16 +197,18 @@ def test_retrieval_by_hand():
     assert sample_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
 
 
-def test_several_sample_clips_learn_from_the_same_pictures(tmp_path):
+def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition):
+    own = sorted(str(path) for path in (competition / "images").iterdir())
     rows = list(itertools.islice(draw(0, stream=2), 80))
     folders = {name: tmp_path / name for name in ("lite0", "lite1")}
     for folder in folders.values():
         folder.mkdir()
-    together = sample_clip.build(rows, {folders[name]: (name, 64) for name in folders}, epochs=1, seed=0, device="cpu")
+    wanted = {folders[name]: (name, 64) for name in folders}
+    together = sample_clip.build(rows, own, wanted, epochs=1, seed=0, device="cpu")
     assert list(together) == list(folders.values())
     alone = tmp_path / "alone"
     alone.mkdir()
-    sample_clip.build(rows, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu")
+    sample_clip.build(rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu")
     both = [folder / "open_clip_model.safetensors" for folder in (alone, folders["lite1"])]
     assert both[0].read_bytes() == both[1].read_bytes()
     assert len(tower(load_clip(folders["lite1"], "cpu").model.visual)) == 23

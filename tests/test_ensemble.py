@@ -1,17 +1,22 @@
+import itertools
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from img2prompt.ensemble import (
+    Cosines,
+    alpha_curve,
     constant,
     cross_fitted,
     fold_scores,
-    member_cosines,
+    gain_over_best_member,
     mix,
-    mixed_scores,
     scores_table,
-    search_alpha,
+    search_weights,
+    spread,
 )
-from img2prompt.metric import cosine, mean_cosine, unit
+from img2prompt.metric import bootstrap_interval, cosine, mean_cosine, unit
 
 N, DIM = 300, 16
 rng = np.random.default_rng(0)
@@ -23,99 +28,177 @@ def directions(n=N, dim=DIM):
 
 @pytest.fixture
 def members():
-    """Two members with independent errors of different size around the same targets."""
+    """Three members with errors of different size around the same targets; the first two err alike in part."""
     targets = directions()
-    a = unit(targets + 0.15 * rng.normal(size=targets.shape)).astype(np.float32)
-    b = unit(targets + 0.25 * rng.normal(size=targets.shape)).astype(np.float32)
-    return a, b, targets
+    shared = 0.1 * rng.normal(size=targets.shape)
+    a = unit(targets + shared + 0.1 * rng.normal(size=targets.shape)).astype(np.float32)
+    b = unit(targets + shared + 0.2 * rng.normal(size=targets.shape)).astype(np.float32)
+    c = unit(targets + 0.25 * rng.normal(size=targets.shape)).astype(np.float32)
+    return [a, b, c], targets
+
+
+def simplex(m, steps):
+    """Every point of the simplex whose weights are multiples of 1 / steps."""
+    for cuts in itertools.combinations(range(steps + m - 1), m - 1):
+        yield np.diff([-1, *cuts, steps + m - 1]) / steps - 1 / steps
 
 
 def test_mix_by_hand():
     # (1, 0) and (0, 1) after scaling: 0.6*(1, 0) + 0.4*(0, 1) = (0.6, 0.4), of norm sqrt(0.52)
-    mixed = mix(np.array([[5.0, 0.0]]), np.array([[0.0, 0.1]]), 0.6)
+    mixed = mix([np.array([[5.0, 0.0]]), np.array([[0.0, 0.1]])], [0.6, 0.4])
     np.testing.assert_allclose(mixed, np.array([[0.6, 0.4]]) / 0.52**0.5)
 
 
+def test_a_member_of_weight_zero_is_not_looked_at(members):
+    (a, b, _), _ = members
+    mixed = mix([a, None, b], np.array([0.5, 0.0, 0.5]))
+    np.testing.assert_array_equal(mixed, mix([a, b], [0.5, 0.5]))
+    assert mixed.dtype == np.float32
+
+
 def test_scaling_one_member_changes_nothing(members):
-    a, b, targets = members
-    np.testing.assert_allclose(mix(10 * a, b, 0.7), mix(a, b, 0.7), atol=1e-6)
-    assert search_alpha(10 * a, b, targets).alpha == pytest.approx(search_alpha(a, b, targets).alpha, abs=1e-5)
+    (a, b, _), targets = members
+    np.testing.assert_allclose(mix([10 * a, b], [0.7, 0.3]), mix([a, b], [0.7, 0.3]), atol=1e-6)
+    scaled, plain = (search_weights(Cosines.between([x, b], targets)) for x in (10 * a, a))
+    np.testing.assert_allclose(scaled, plain, atol=1e-5)
 
 
-def test_the_curve_is_the_score_of_the_mix(members):
-    a, b, targets = members
-    search = search_alpha(a, b, targets)
-    assert search.curve["alpha"].tolist() == [i / 100 for i in range(101)]
-    direct = [mean_cosine(mix(a, b, alpha), targets) for alpha in search.curve["alpha"]]
-    np.testing.assert_allclose(search.curve["score"], direct, atol=1e-7)
-    assert search.score == pytest.approx(mean_cosine(mix(a, b, search.alpha), targets), abs=1e-7)
-    assert search.score >= search.curve["score"].max()
+def test_cosines_score_the_mix(members):
+    three, targets = members
+    cosines = Cosines.between(three, targets)
+    for weights in ([0.5, 0.3, 0.2], [0.0, 1.0, 0.0]):
+        np.testing.assert_allclose(cosines.of_mix(np.array(weights)), cosine(mix(three, weights), targets), atol=1e-6)
 
 
-def test_a_planted_alpha_is_recovered():
-    a, b = directions(), directions()
-    targets = mix(a, b, 0.6372)
-    search = search_alpha(a, b, targets)
-    assert search.alpha == pytest.approx(0.6372, abs=1e-4)
-    assert search.score == pytest.approx(1)
+def test_the_gradient_is_that_of_the_loss(members):
+    cosines = Cosines.between(*members)
+    weights, step = np.array([0.5, 0.2, 0.3]), 1e-6
+    nudged = [(cosines.loss(weights + step * e)[0] - cosines.loss(weights - step * e)[0]) / 2 / step for e in np.eye(3)]
+    np.testing.assert_allclose(cosines.loss(weights)[1], nudged, atol=1e-8)
+    assert cosines.loss(weights)[0] == -cosines.of_mix(weights).mean()
 
 
-def test_alpha_at_the_ends():
-    a, b = directions(), directions()
-    assert search_alpha(a, b, a).alpha == 1
-    assert search_alpha(a, b, b).alpha == 0
+@pytest.mark.parametrize("m", [2, 3])
+def test_no_point_of_a_fine_grid_is_better(members, m):
+    cosines = Cosines.between(members[0][-m:], members[1])
+    weights = search_weights(cosines)
+    assert (weights >= 0).all()
+    assert weights.sum() == pytest.approx(1)
+    grid = np.array(list(simplex(m, 200 if m == 2 else 100)))
+    scores = [cosines.of_mix(point).mean() for point in grid]
+    assert cosines.of_mix(weights).mean() >= max(scores)
+    np.testing.assert_allclose(weights, grid[np.argmax(scores)], atol=0.01)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 5, 6])
+def test_planted_weights_are_found(m):
+    for seed in range(5):
+        planted = np.random.default_rng(seed).dirichlet(np.ones(m))
+        three = [directions(500, 64) for _ in range(m)]
+        found = search_weights(Cosines.between(three, mix(three, planted)))
+        np.testing.assert_allclose(found, planted, atol=1e-4)
+
+
+def test_weights_at_the_corners():
+    three = [directions() for _ in range(3)]
+    for place in range(3):
+        assert search_weights(Cosines.between(three, three[place])).tolist() == np.eye(3)[place].tolist()
 
 
 def test_equal_members_count_alike():
     a, targets = directions(), directions()
-    assert search_alpha(a, a, targets).alpha == 0.5
+    np.testing.assert_allclose(search_weights(Cosines.between([a, a, a], targets)), 1 / 3)
 
 
 def test_opposite_members_do_not_break_the_search():
     a = directions()
-    search = search_alpha(a, -a, a)
-    assert search.score == pytest.approx(1)
-    assert search.alpha > 0.5
-    assert np.isfinite(search.curve["score"]).all()
+    cosines = Cosines.between([a, -a], a)
+    weights = search_weights(cosines)
+    assert cosines.of_mix(weights).mean() == pytest.approx(1)
+    assert np.isfinite(alpha_curve(cosines, np.array([True, False]))["score"]).all()
 
 
-def test_rows_limit_the_search(members):
-    a, b, targets = members
-    rows = np.arange(N) % 2 == 0
-    expected = search_alpha(a[rows], b[rows], targets[rows])
-    assert search_alpha(a, b, targets, rows).alpha == expected.alpha
-    assert search_alpha(a, b, targets, np.flatnonzero(rows)).score == expected.score
-    with pytest.raises(ValueError, match="no rows"):
-        search_alpha(a, b, targets, np.zeros(N, dtype=bool))
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_given_alpha_is_the_share_of_the_family(members, alpha):
+    cosines, family = Cosines.between(*members), np.array([True, True, False])
+    weights = search_weights(cosines, family, alpha)
+    assert weights[family].sum() == pytest.approx(alpha)
+    assert weights.sum() == pytest.approx(1)
+    scores = [cosines.of_mix(np.array([alpha * s, alpha * (1 - s), 1 - alpha])).mean() for s in np.arange(101) / 100]
+    assert cosines.of_mix(weights).mean() >= max(scores) - 1e-12
 
 
-def test_grams_score_any_number_of_members(members):
-    a, b, targets = members
-    c, shares = directions(), np.array([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
-    scores = mixed_scores(shares, *member_cosines([a, b, c], targets))
-    direct = [mean_cosine(w[0] * a + w[1] * b + w[2] * c, targets) for w in shares]
-    np.testing.assert_allclose(scores, direct, atol=1e-7)
+def test_two_members_of_a_given_alpha_leave_nothing_to_search(members):
+    cosines = Cosines.between(members[0][:2], members[1])
+    assert search_weights(cosines, np.array([True, False]), 0.6).tolist() == [0.6, 0.4]
+    with pytest.raises(ValueError, match=r"alpha is 0\.6"):
+        search_weights(cosines, np.array([True, True]), 0.6)
 
 
-def test_a_fold_s_alpha_comes_from_the_other_folds(members):
-    a, b, targets = members
+def test_the_curve_has_the_best_score_at_each_alpha(members):
+    cosines, family = Cosines.between(*members), np.array([True, True, False])
+    curve = alpha_curve(cosines, family)
+    assert curve["alpha"].tolist() == [i / 100 for i in range(101)]
+    for alpha in (0.0, 0.25, 0.8, 1.0):
+        best = cosines.of_mix(search_weights(cosines, family, alpha)).mean()
+        assert curve["score"][round(100 * alpha)] == pytest.approx(best, abs=1e-9)
+    top = search_weights(cosines)
+    assert curve["score"].max() <= cosines.of_mix(top).mean() + 1e-12
+    assert curve["alpha"][curve["score"].argmax()] == pytest.approx(top[family].sum(), abs=0.01)
+
+
+def test_a_fold_s_weights_come_from_the_other_folds(members):
+    three, targets = members
     fold, scored = np.arange(N) % 3, rng.random(N) < 0.9
-    mixed, alphas = cross_fitted(a, b, targets, fold, scored)
-    assert set(alphas) == {0, 1, 2}
-    for held_out, alpha in alphas.items():
-        assert alpha == search_alpha(a, b, targets, scored & (fold != held_out)).alpha
+    cosines = Cosines.between(three, targets)
+    found, weights = cross_fitted(cosines, fold, scored)
+    assert set(weights) == {0, 1, 2}
+    for held_out, own in weights.items():
+        np.testing.assert_array_equal(own, search_weights(cosines[scored & (fold != held_out)]))
         rows = fold == held_out
-        np.testing.assert_array_equal(mixed[rows], mix(a[rows], b[rows], alpha))
+        np.testing.assert_allclose(found[rows], cosine(mix([x[rows] for x in three], own), targets[rows]), atol=1e-6)
 
     changed = targets.copy()
-    changed[fold == 1] = b[fold == 1]
-    after = cross_fitted(a, b, changed, fold, scored)[1]
-    assert after[1] == alphas[1]
-    assert after[0] != alphas[0]
+    changed[fold == 1] = three[1][fold == 1]
+    after = cross_fitted(Cosines.between(three, changed), fold, scored)[1]
+    np.testing.assert_array_equal(after[1], weights[1])
+    assert abs(after[0] - weights[0]).max() > 0.01
 
     changed = targets.copy()
-    changed[~scored] = b[~scored]
-    assert cross_fitted(a, b, changed, fold, scored)[1] == alphas
+    changed[~scored] = three[1][~scored]
+    after = cross_fitted(Cosines.between(three, changed), fold, scored)[1]
+    assert all((after[held_out] == weights[held_out]).all() for held_out in weights)
+
+    with pytest.raises(ValueError, match="no rows"):
+        cross_fitted(cosines, fold, fold == 0)
+
+
+def test_spread_by_hand():
+    # Two models at (1, 0) and (0, 1): their mean (0.5, 0.5) has squared norm 0.5.
+    first = [np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])]
+    np.testing.assert_allclose(spread([first, first[::-1], [first[0]]]), [[0.5, -0.5, 0], [-0.5, 0.5, 0], [0, 0, 0]])
+    assert spread([[first[0]] * 4])[0, 0] == 0
+
+
+def test_spread_finds_the_weights_for_means_of_models():
+    # Two members of five models each, of which the k-th ones err alike (they trained on the same fold), and one model;
+    # 5,000 pictures, 64-d.
+    rng = np.random.default_rng(0)
+    targets = unit(rng.normal(size=(5000, 64)))
+
+    def noise(size):
+        return size * rng.normal(size=targets.shape)
+
+    both, per_fold = noise(0.1), [noise(0.1) for _ in range(5)]
+    first = [unit(targets + both + shared + noise(0.02)) for shared in per_fold]
+    shared_by_all = noise(0.1)
+    second = [unit(targets + both + shared_by_all + 0.5 * shared + noise(0.02)) for shared in per_fold]
+    other = unit(targets + noise(0.17))
+    wanted = search_weights(Cosines.between([np.mean(first, axis=0), np.mean(second, axis=0), other], targets))
+    single = Cosines.between([first[0], second[0], other], targets)
+    found = search_weights(single.bagged(spread([first, second, [other]])))
+    np.testing.assert_allclose(found, wanted, atol=0.015)
+    assert abs(search_weights(single) - wanted).max() > 0.1
 
 
 def test_constant_by_hand():
@@ -140,42 +223,42 @@ def test_constant_beats_other_constants():
 
 
 def test_fold_scores_by_hand():
-    targets = np.tile(np.array([[1.0, 0.0]]), (5, 1))
-    predictions = np.array([[1, 0], [0, 1], [3, 4], [1, 0], [-1, 0]])  # cosines 1, 0, 0.6, 1, (unscored) -1
-    fold, scored = np.array([0, 0, 2, 2, 2]), np.array([True, True, True, True, False])
-    scores = fold_scores(predictions, targets, fold, [0, 2], scored)
+    cosines, fold = np.array([1, 0, 0.6, 1]), np.array([0, 0, 2, 2])
+    scores = fold_scores(cosines, fold, [0, 2])
     assert scores == pytest.approx({"fold_0": 0.5, "fold_2": 0.8, "mean": 0.65, "std": 0.15, "oof": 0.65})
     with pytest.raises(ValueError, match=r"\[1\]"):
-        fold_scores(predictions, targets, fold, [0, 1, 2], scored)
+        fold_scores(cosines, fold, [0, 1, 2])
 
 
 def test_scores_table(members):
-    a, b, targets = members
-    fold, scored = np.arange(N) % 3, np.ones(N, dtype=bool)
-    oof = {"model_a": a, "model_b": b}
-    table = scores_table(oof, targets, fold, [0, 1, 2], scored, groups=np.arange(N) // 3)
+    (a, b, _), targets = members
+    cosines = pd.DataFrame({"split": "train", "fold": np.arange(N) % 3, "group": np.arange(N) // 3, "scored": True})
+    cosines = cosines.assign(model_a=cosine(a, targets), model_b=cosine(b, targets))
+    cosines.loc[0, ["scored", "model_a"]] = False, -1.0
+    table = scores_table(cosines, ["model_a", "model_b"], [0, 1, 2])
     header, rule, first, second = table.splitlines()
     assert header == "| model | fold_0 | fold_1 | fold_2 | mean | std | oof [95%] |"
     assert header.count("|") == rule.count("|") == first.count("|")
-    scores = fold_scores(a, targets, fold, [0, 1, 2], scored)
+    scores = fold_scores(cosines.model_a[1:].to_numpy(), cosines.fold[1:].to_numpy(), [0, 1, 2])
+    low, high = bootstrap_interval(cosines.model_a[1:], cosines.group[1:])
     assert first.startswith(f"| model_a | {scores['fold_0']:.4f} | ")
-    assert f" {scores['oof']:.4f} [0." in first
+    assert first.endswith(f" | {scores['oof']:.4f} [{low:.4f}, {high:.4f}] |")
     assert second.startswith("| model_b ")
 
-    with_test = scores_table(oof, targets, fold, [0, 1, 2], scored, np.arange(N), oof, targets)
+    test = cosines.assign(split="test", fold=-1, scored=True)
+    with_test = scores_table(pd.concat([cosines, test]), ["model_b"], [0, 1, 2])
     assert with_test.splitlines()[0].endswith("| oof [95%] | test [95%] |")
-    assert with_test.splitlines()[2].count(f"{scores['oof']:.4f} [") == 2
+    assert f"| {mean_cosine(b, targets):.4f} [" in with_test.splitlines()[2]
 
 
-def test_agreement_finds_the_alpha_for_a_mean_of_models():
-    # Five models that share a direction and each err on their own, and another member; 5,000 pictures, 64-d.
-    rng = np.random.default_rng(0)
-    targets = unit(rng.normal(size=(5000, 64)))
-    shared = targets + 0.12 * rng.normal(size=(5000, 64))
-    models = [unit(shared + 0.08 * rng.normal(size=(5000, 64))) for _ in range(5)]
-    other = unit(targets + 0.16 * rng.normal(size=(5000, 64)))
-    mean = np.mean(models, axis=0)
-    agreement = float(np.linalg.norm(mean, axis=1).mean())
-    wanted = search_alpha(unit(mean), other, targets).alpha
-    assert search_alpha(models[0], other, targets, agreement=(agreement, 1.0)).alpha == pytest.approx(wanted, abs=0.01)
-    assert abs(search_alpha(models[0], other, targets).alpha - wanted) > 0.05
+def test_the_gain_is_over_the_best_member_of_each_split():
+    cosines = pd.DataFrame({"split": ["train"] * 4 + ["test"] * 2, "group": range(6), "scored": [1, 1, 1, 0, 1, 1]})
+    cosines = cosines.astype({"scored": bool}).assign(
+        model_a=[0.5, 0.5, 0.5, 9, 0.1, 0.3],
+        model_b=[0.1, 0.2, 0.3, 0, 0.4, 0.4],
+        ensemble=[0.6, 0.6, 0.6, 0, 0.4, 0.2],
+    )
+    assert gain_over_best_member(cosines, ["model_a", "model_b"]) == (
+        "ensemble minus its best member: +0.1000 [+0.1000, +0.1000] out of fold (model_a), "
+        "-0.1000 [-0.2000, +0.0000] on test (model_b)\n"
+    )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img2prompt import knn
-from img2prompt.ensemble import mix, search_alpha
+from img2prompt.ensemble import Cosines, mix, search_weights
 from img2prompt.knn import Neighbours, Setting, fit_predict, grid_scores, nearest, regress, weights
 from img2prompt.metric import cosine, mean_cosine, unit
 
@@ -213,7 +213,8 @@ def test_the_choice_is_the_best_of_the_table_and_predicts_the_test(data, result)
         for kind, found in result.test_neighbours.items()
         for setting in [result.choice.settings[kind]]
     }
-    expected = mix(by_kind["image"], by_kind["text"], result.choice.image_share)
+    share = result.choice.image_share
+    expected = mix([by_kind["image"], by_kind["text"]], [share, 1 - share])
     np.testing.assert_array_equal(result.test, expected)
     assert result.test.dtype == result.oof.dtype == np.float32
 
@@ -225,9 +226,10 @@ def test_a_fold_is_predicted_under_its_own_choice(data, result):
             regress(result.neighbours[kind], data["targets"], s.k, s.distance_dim, data["eps"], data["coef"])
             for kind, s in (("image", choice.settings["image"]), ("text", choice.settings["text"]))
         )
-        np.testing.assert_array_equal(result.oof[rows], mix(image[rows], text[rows], choice.image_share))
+        shares = [choice.image_share, 1 - choice.image_share]
+        np.testing.assert_array_equal(result.oof[rows], mix([image[rows], text[rows]], shares))
         others = data["scored"] & ~rows
-        assert choice.image_share == search_alpha(image, text, data["targets"], others).alpha
+        assert shares[0] == search_weights(Cosines.between([image[others], text[others]], data["targets"][others]))[0]
 
 
 def test_both_kinds_of_keys_beat_one(data, result):

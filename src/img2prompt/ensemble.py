@@ -1,122 +1,175 @@
-"""The ensemble (eq. 6), the search for its weight, and the table of scores it has to beat."""
+"""The ensemble (eq. 6) of any number of members, the search for its weights, and the scores it has to beat."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
+from scipy.optimize import LinearConstraint, minimize
 
 from img2prompt.metric import bootstrap_interval, cosine, unit
 
 TIE = 1e-12  # scores closer than this differ by rounding only
+NOTHING = 1e-6  # a weight below it is the optimiser's rounding of 0
 
 
-def mix(a: np.ndarray, b: np.ndarray, alpha: float) -> np.ndarray:
-    """alpha*a + (1-alpha)*b, eq. 6, of members (n, d) that are scaled to norm 1 first: (n, d), norm 1.
+def mix(members: Sequence[np.ndarray], weights: np.ndarray | Sequence[float]) -> np.ndarray:
+    """The weighted sum, eq. 6, of members (n, d) that are scaled to norm 1 first: (n, d), norm 1.
 
-    Without the scaling, the longer member would outweigh the other whatever alpha says.
-    Raises ValueError where a row is all zeros, not finite, or the members cancel.
+    Without the scaling, the longest member would outweigh the others whatever the weights say. A member of weight 0
+    is not looked at. Raises ValueError where a row is all zeros, not finite, or the members cancel.
     """
-    return unit(alpha * unit(a) + (1 - alpha) * unit(b))
+    # Python's floats leave float32 members float32.
+    return unit(sum(float(weight) * unit(x) for x, weight in zip(members, weights, strict=True) if weight))
 
 
 @dataclass(frozen=True, slots=True)
-class AlphaSearch:
-    """The best weight of the first member, its mean cosine, and the curve (`alpha`, `score`: 101 points)."""
+class Cosines:
+    """All that a search for weights needs to know of m members and the targets of n rows, in float64.
 
-    alpha: float
-    score: float
-    curve: pd.DataFrame
-
-
-def member_cosines(members: Sequence[np.ndarray], targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All that a search for weights needs to know of m members (n, d) and targets (n, d), in float64:
-
-    each member's cosine with the target (n, m), and the members' cosines with one another, the Gram matrix of
-    the members at norm 1 (n, m, m). The mix of any weights is then scored without touching the d columns
-    again.
+    The mix of any weights is scored from it in O(n * m**2), without touching predictions again.
     """
-    to_target = np.stack([cosine(member, targets) for member in members], axis=1)
-    gram = np.ones((len(targets), len(members), len(members)))
-    for i in range(len(members)):
-        for j in range(i):
-            gram[:, i, j] = gram[:, j, i] = cosine(members[i], members[j])
-    return to_target, gram
+
+    to_target: np.ndarray  # (n, m): each member's cosine with the target
+    gram: np.ndarray  # (n, m, m): the members' dot products with one another, at norm 1
+
+    @classmethod
+    def between(cls, members: Sequence[np.ndarray], targets: np.ndarray) -> Cosines:
+        """Of members (n, d) and targets (n, d), in one pass."""
+        to_target = np.stack([cosine(member, targets) for member in members], axis=1)
+        gram = np.ones((len(targets), len(members), len(members)))
+        for i in range(len(members)):
+            for j in range(i):
+                gram[:, i, j] = gram[:, j, i] = cosine(members[i], members[j])
+        return cls(to_target, gram)
+
+    def __getitem__(self, rows: np.ndarray) -> Cosines:
+        """Those of some rows: a mask or indices."""
+        return Cosines(self.to_target[rows], self.gram[rows])
+
+    def bagged(self, spread: np.ndarray) -> Cosines:
+        """What to expect where each member is the mean of several models like the one that these cosines are of.
+
+        spread (m, m): see the function of this name. The mean of models at norm 1 has the same expected dot product
+        with the target as one of them; with another member's mean, less by what they share within a fold. It is
+        shorter than 1, so at norm 1 again it is nearer to both. No target is needed to know it.
+        """
+        norms = np.sqrt(1 - np.diag(spread))
+        return Cosines(self.to_target / norms, (self.gram - spread) / np.outer(norms, norms))
+
+    def of_mix(self, weights: np.ndarray) -> np.ndarray:
+        """The cosine of the `mix` of weights (m,) with the target: (n,), w.c / sqrt(w G w)."""
+        return self.to_target @ weights / np.sqrt(self._squared_norms(weights))
+
+    def loss(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the mean of `of_mix`, and its gradient (m,)."""
+        squared = self._squared_norms(weights)
+        inverse = 1 / np.sqrt(squared)
+        scores = self.to_target @ weights * inverse
+        pull = np.tensordot(scores / squared, self.gram, axes=1) @ weights
+        return -float(scores.mean()), (pull - inverse @ self.to_target) / len(scores)
+
+    def _squared_norms(self, weights: np.ndarray) -> np.ndarray:
+        squared = self.gram.reshape(len(self.gram), -1) @ np.outer(weights, weights).ravel()
+        # Members that point opposite ways may cancel: there w.c is 0 too, and so is the score of a missing
+        # direction.
+        return np.maximum(squared, 1e-12)
 
 
-def mixed_scores(weights: np.ndarray, to_target: np.ndarray, gram: np.ndarray) -> np.ndarray:
-    """Mean cosine (g,) of the g mixtures in weights (g, m): the mean over rows of w.c / sqrt(w G w)."""
-    pairs = np.einsum("gi,gj->gij", weights, weights).reshape(len(weights), -1)
-    squared_norms = gram.reshape(len(gram), -1) @ pairs.T  # (n, g)
-    # Members that point opposite ways may cancel: there w.c is 0 too, and so is the score of a missing
-    # direction.
-    return (to_target @ weights.T / np.sqrt(np.maximum(squared_norms, 1e-12))).mean(axis=0)
+def spread(members: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """How the models behind each pair of members differ together: (m, m), the covariance over folds, mean over rows.
 
-
-def _search(to_target: np.ndarray, gram: np.ndarray) -> AlphaSearch:
-    if not len(to_target):
-        raise ValueError("no rows to search alpha on: some must be scored, and outside the fold in question")
-
-    def score(alpha: np.ndarray) -> np.ndarray:
-        return mixed_scores(np.stack([alpha, 1 - alpha], axis=1), to_target, gram)
-
-    grid = np.arange(101) / 100
-    curve = score(grid)
-    ties = grid[curve >= curve.max() - TIE]
-    best = ties[np.abs(ties - 0.5).argmin()]  # argmin takes the first: 0.4 before 0.6
-    refined = minimize_scalar(
-        lambda alpha: -score(np.array([alpha]))[0],
-        bounds=(max(best - 0.01, 0.0), min(best + 0.01, 1.0)),
-        method="bounded",
-        options={"xatol": 1e-6},
-    ).x
-    candidates = score(np.array([best, refined]))
-    alpha = refined if candidates[1] > candidates[0] + TIE else best
-    return AlphaSearch(float(alpha), float(candidates.max()), pd.DataFrame({"alpha": grid, "score": curve}))
-
-
-def search_alpha(
-    a: np.ndarray,
-    b: np.ndarray,
-    targets: np.ndarray,
-    rows: np.ndarray | None = None,
-    agreement: tuple[float, float] = (1.0, 1.0),
-) -> AlphaSearch:
-    """The alpha of `mix` with the best mean cosine to targets (n, d) over rows (mask or indices; else all).
-
-    The 101 points 0, 0.01, .. 1 find the hill, a scalar search its top. Of equally good alphas the one
-    nearest to 0.5 wins (of two such, the lower): where the data are silent, the members count alike.
-
-    `agreement` (of a, of b) below 1 finds the alpha for where a member will be a mean of several models like the one
-    that made it: it is the norm of their mean, each at norm 1. What they agree on has the same dot product with the
-    target and the other member as in any one of them, so at norm 1 the mean is nearer to both by 1 / agreement; no
-    target is needed to know it.
-    Deterministic. Raises ValueError where there are no rows, or one is all zeros or not finite.
+    members: for each its models' predictions (n, d), norm 1, in the order of the folds; a member that is one model is
+    a list of one, and its row is 0. Predictions that are all the same give 0; a member's own entry is
+    1 - |mean of its models|**2.
     """
-    if rows is not None:
-        a, b, targets = a[rows], b[rows], targets[rows]
-    to_target, gram = member_cosines([a, b], targets)
-    to_target /= agreement
-    gram[:, [0, 1], [1, 0]] /= agreement[0] * agreement[1]
-    return _search(to_target, gram)
+    means = [np.mean(models, axis=0, dtype=np.float64) for models in members]
+    found = np.zeros((len(members), len(members)))
+    for i, first in enumerate(members):
+        for j, second in enumerate(members[: i + 1]):
+            if min(len(first), len(second)) > 1:
+                within = [_mean_dot(a, b) for a, b in zip(first, second, strict=True)]
+                found[i, j] = found[j, i] = np.mean(within) - _mean_dot(means[i], means[j])
+    return found
+
+
+def _mean_dot(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->", a, b, dtype=np.float64)) / len(a)
+
+
+def search_weights(
+    cosines: Cosines, family: np.ndarray | None = None, alpha: float | None = None, start: np.ndarray | None = None
+) -> np.ndarray:
+    """The weights (m,) on the simplex whose `mix` has the best mean cosine: none below 0, their sum 1.
+
+    With family (m,) bool and alpha in [0, 1], the weights of that family sum to alpha. Scipy's SLSQP climbs with the
+    exact gradient, from equal weights and from near each member alone (with `start`, from there only); of equally
+    good ends the first counts, so where the data are silent, members count alike. Deterministic.
+    Raises ValueError where there are no rows, or alpha asks for weight on a family without members.
+    """
+    n, m = cosines.to_target.shape
+    if not n:
+        raise ValueError("no rows to search weights on: some must be scored, and outside the fold in question")
+    parts = [(np.ones(m, dtype=bool), 1.0)]
+    if alpha is not None:
+        parts = [(family, alpha), (~family, 1 - alpha)]
+        if any(share > 0 and not members.any() for members, share in parts):
+            raise ValueError(f"ensemble.alpha is {alpha}, but one of the families it weighs has no member")
+
+    def onto_simplex(weights: np.ndarray) -> np.ndarray:
+        weights = np.where(weights > NOTHING, weights, 0.0)
+        for members, share in parts:
+            total = weights[members].sum()
+            weights[members] = weights[members] * (share / total) if total else share / max(members.sum(), 1)
+        return weights
+
+    starts = [np.ones(m), *(1 / m + np.eye(m))] if start is None else [start]
+    upper = np.sum([share * members for members, share in parts], axis=0)
+    shares = LinearConstraint(np.array([members for members, _ in parts], dtype=float), *2 * [[s for _, s in parts]])
+    best, best_loss = None, np.inf
+    for weights in map(onto_simplex, starts):
+        found = minimize(
+            cosines.loss, weights, jac=True, method="SLSQP", bounds=[(0.0, limit) for limit in upper],
+            constraints=shares, options={"ftol": 1e-13, "maxiter": 300},
+        ).x  # fmt: skip
+        # Where it began is the answer if the climb led nowhere, as it does where all weights are given.
+        for candidate in (weights, onto_simplex(found)):
+            loss = cosines.loss(candidate)[0]
+            if loss < best_loss - TIE:
+                best, best_loss = candidate, loss
+    return best
+
+
+def alpha_curve(cosines: Cosines, family: np.ndarray) -> pd.DataFrame:
+    """The best mean cosine at each of 101 shares of a family (m,) bool of the members: `alpha`, `score`."""
+    rows, weights = [], None
+    for alpha in np.arange(101) / 100:
+        weights = search_weights(cosines, family, alpha, weights)  # from the neighbour's on: the same hill
+        rows.append((alpha, -cosines.loss(weights)[0]))
+    return pd.DataFrame(rows, columns=["alpha", "score"])
 
 
 def cross_fitted(
-    a: np.ndarray, b: np.ndarray, targets: np.ndarray, fold: np.ndarray, scored: np.ndarray
-) -> tuple[np.ndarray, dict[int, float]]:
-    """Out-of-fold mix (n, d), norm 1, and each fold's alpha: searched on the scored rows of the other folds.
+    cosines: Cosines,
+    fold: np.ndarray,
+    scored: np.ndarray,
+    family: np.ndarray | None = None,
+    alpha: float | None = None,
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The ensemble's cosine with each target (n,), and each fold's weights, found on the scored rows of other folds.
 
-    An alpha that was searched on the very rows it is scored on would flatter the ensemble.
-    a, b, targets: (n, d); fold (n,) int; scored (n,) bool. Every row is mixed, only scored rows choose.
+    Weights that were searched on the very rows they are scored on would flatter the ensemble.
+    fold (n,) int; scored (n,) bool; family and alpha as in `search_weights`. Every row gets its cosine, only scored
+    rows choose.
     """
-    to_target, gram = member_cosines([a, b], targets)
-    mixed, alphas = np.empty_like(a), {}
+    found, weights = np.empty(len(fold)), {}
     for held_out in np.unique(fold).tolist():
         rows, others = fold == held_out, scored & (fold != held_out)
-        alphas[held_out] = _search(to_target[others], gram[others]).alpha
-        mixed[rows] = mix(a[rows], b[rows], alphas[held_out])
-    return mixed, alphas
+        weights[held_out] = search_weights(cosines[others], family, alpha)
+        found[rows] = cosines[rows].of_mix(weights[held_out])
+    return found, weights
 
 
 def constant(
@@ -137,19 +190,12 @@ def _mean_direction(x: np.ndarray) -> np.ndarray:
     return unit(x.mean(axis=0, keepdims=True, dtype=np.float64))[0].astype(x.dtype)
 
 
-def fold_scores(
-    predictions: np.ndarray,
-    targets: np.ndarray,
-    fold: np.ndarray,
-    fold_ids: Sequence[int],
-    scored: np.ndarray,
-) -> dict[str, float]:
-    """Mean cosine of out-of-fold predictions (n, d) over the scored (n,) rows.
+def fold_scores(cosines: np.ndarray, fold: np.ndarray, fold_ids: Sequence[int]) -> dict[str, float]:
+    """Means of cosines (n,) of out-of-fold predictions, given for scored rows, by fold (n,).
 
     `fold_0` .. for each of fold_ids, `mean` and `std` (ddof 0) over those, and `oof` over all rows at once.
-    Raises ValueError for a fold without scored rows.
+    Raises ValueError for a fold without rows.
     """
-    cosines, fold = cosine(predictions[scored], targets[scored]), fold[scored]
     missing = set(fold_ids) - set(fold.tolist())
     if missing:
         raise ValueError(f"folds {sorted(missing)} have no scored row: use fewer folds or a milder dedup")
@@ -163,34 +209,40 @@ def fold_scores(
     }
 
 
-def _with_interval(cosines: np.ndarray, groups: np.ndarray | None = None) -> str:
-    low, high = bootstrap_interval(cosines, groups)
-    return f"{cosines.mean():.4f} [{low:.4f}, {high:.4f}]"
+def scores_table(cosines: pd.DataFrame, models: Sequence[str], fold_ids: Sequence[int]) -> str:
+    """A Markdown table of the scores: one row for each of models, in the order given.
 
-
-def scores_table(
-    oof: Mapping[str, np.ndarray],
-    targets: np.ndarray,
-    fold: np.ndarray,
-    fold_ids: Sequence[int],
-    scored: np.ndarray,
-    groups: np.ndarray,
-    test: Mapping[str, np.ndarray] | None = None,
-    test_targets: np.ndarray | None = None,
-) -> str:
-    """A Markdown table: one row for each model of oof (name -> (n, d) predictions), in the order given.
-
-    Columns: the `fold_scores`, `oof` with its 95% interval (whole prompt groups (n,) resampled), and, where
-    test_targets (m, d) are known, the same of the models' test predictions (m, d), picture by picture.
+    cosines: a row a picture; `split` (train or test), `fold`, `group`, `scored`, and a column a model with the cosine
+    of its prediction. Columns of the table: the `fold_scores`, `oof` with its 95% interval, and, where there are
+    scored test rows, the same of those. Intervals are over whole groups of similar prompts.
     """
+    scored = cosines[cosines.scored]
+    train, test = scored[scored.split == "train"], scored[scored.split == "test"]
     columns = ["model", *(f"fold_{i}" for i in fold_ids), "mean", "std", "oof [95%]"]
-    columns += ["test [95%]"] if test_targets is not None else []
+    columns += ["test [95%]"] if len(test) else []
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
-    for name, predictions in oof.items():
-        scores = fold_scores(predictions, targets, fold, fold_ids, scored)
+    for name in models:
+        scores = fold_scores(train[name].to_numpy(), train.fold.to_numpy(), fold_ids)
         cells = [name, *(f"{score:.4f}" for key, score in scores.items() if key != "oof")]
-        cells.append(_with_interval(cosine(predictions[scored], targets[scored]), groups[scored]))
-        if test_targets is not None:
-            cells.append(_with_interval(cosine(test[name], test_targets)))
+        for rows in (train, test) if len(test) else (train,):
+            low, high = bootstrap_interval(rows[name], rows.group)
+            cells.append(f"{rows[name].mean():.4f} [{low:.4f}, {high:.4f}]")
         lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def gain_over_best_member(cosines: pd.DataFrame, members: Sequence[str]) -> str:
+    """A line of text: the ensemble minus its best member, out of fold and, where there are test rows, on test.
+
+    cosines: as in `scores_table`, with the column `ensemble`. The best member is the best on the very rows: the
+    hardest to beat. Intervals are of the paired differences.
+    """
+    parts = []
+    for split, place in (("train", "out of fold"), ("test", "on test")):
+        rows = cosines[cosines.scored & (cosines.split == split)]
+        if len(rows):
+            best = rows[members].mean().idxmax()
+            gain = rows["ensemble"] - rows[best]
+            low, high = bootstrap_interval(gain, rows.group)
+            parts.append(f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}] {place} ({best})")
+    return f"ensemble minus its best member: {', '.join(parts)}\n"

@@ -15,21 +15,53 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from img2prompt.pictures import open_picture
 
-COLOURS = {"constant": "#9aa0a6", "clip": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02", "ensemble": "#7b3294"}
+COLOURS = {
+    "constant": "#9aa0a6", "ridge": "#e6ab02", "clip": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02",
+    "ensemble": "#7b3294",
+}  # fmt: skip
+
+
+SIDE, TEXT, GAP = 160, 52, 8  # of a picture on a sheet, of the lines below it, between pictures
 
 
 def draw_examples(path: Path, table: pd.DataFrame, columns: int = 6, rows: int = 3) -> None:
     """Draw pictures with their prompts, evenly spread over a table of `picture` and `prompt`, as a JPEG."""
-    side, text = 160, 52
-    font = ImageFont.load_default(11)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + text) + 8), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, row in enumerate(np.linspace(0, len(table) - 1, columns * rows).astype(int)):
-        x, y = 8 + place % columns * (side + 8), 8 + place // columns * (side + text)
-        sheet.paste(ImageOps.pad(open_picture(table.picture.iloc[row]), (side, side), color="white"), (x, y))
-        lines = wrap(table.prompt.iloc[row], 28, max_lines=3, placeholder=" …")
-        draw.multiline_text((x, y + side + 3), "\n".join(lines), "black", font, spacing=2)
+    some = table.iloc[np.linspace(0, len(table) - 1, columns * rows).astype(int)]
+    sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, rows * (SIDE + TEXT) + GAP), "white")
+    for place, (picture, prompt) in enumerate(zip(some.picture, some.prompt, strict=True)):
+        corner = GAP + place % columns * (SIDE + GAP), GAP + place // columns * (SIDE + TEXT)
+        _place(sheet, corner, picture, wrap(prompt, 28, max_lines=3, placeholder=" …"))
     sheet.save(path, "JPEG", quality=88)
+
+
+def draw_changes(path: Path, better: pd.DataFrame, worse: pd.DataFrame) -> None:
+    """Draw the pictures that two experiments predict most differently, as a PNG: a row better, a row worse.
+
+    better, worse: `picture`, `prompt` (null where unknown), `split`, and the cosines `a` and `b`.
+    """
+    columns, title = max(len(better), len(worse)), 22
+    sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, 2 * (SIDE + TEXT + title) + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (name, table) in enumerate((("B better than A", better), ("B worse than A", worse))):
+        top = GAP + row * (SIDE + TEXT + title)
+        draw.text((GAP, top), name, "black", font)
+        for column, found in enumerate(table.itertuples()):
+            prompt = found.prompt if isinstance(found.prompt, str) else "(not in outputs/prepare)"
+            lines = [
+                f"{found.a:.3f} to {found.b:.3f}, {found.split}",
+                *wrap(prompt, 28, max_lines=2, placeholder=" …"),
+            ]
+            _place(sheet, (GAP + column * (SIDE + GAP), top + title), found.picture, lines)
+    sheet.save(path, "PNG")
+
+
+def _place(sheet: Image.Image, corner: tuple[int, int], picture: object, lines: list[str]) -> None:
+    """Paste a picture, grey where there is none, and write lines below it."""
+    x, y = corner
+    image = open_picture(picture) if isinstance(picture, str) else Image.new("RGB", (SIDE, SIDE), "#dddddd")
+    sheet.paste(ImageOps.pad(image, (SIDE, SIDE), color="white"), (x, y))
+    text = "\n".join(lines)
+    ImageDraw.Draw(sheet).multiline_text((x, y + SIDE + 3), text, "black", ImageFont.load_default(11), spacing=2)
 
 
 def draw_scores(
@@ -46,8 +78,8 @@ def draw_scores(
     Args:
         path: of the PNG.
         fold_scores: `fold`, then a column of mean cosines a model.
-        alpha: the best weight out of fold.
-        curve: `alpha`, `score`.
+        alpha: the best share of Model A's family out of fold.
+        curve: `alpha`, `score`, the best at that share.
         histories: `epoch`, then a column of mean cosines a head.
         thresholds: `threshold`, `kept`, `share`.
         threshold: the one that training used.
@@ -59,7 +91,9 @@ def draw_scores(
         folds.set(title="Fold scores, out of fold", ylabel="mean cosine", xlabel="fold")
         mix.plot(curve.alpha, curve.score, color=COLOURS["ensemble"])
         mix.axvline(alpha, color="black", linewidth=0.8, linestyle=":", label=f"best: {alpha:.3f}")
-        mix.set(title="Ensemble, out of fold", xlabel="alpha: 0 is Model B, 1 is Model A", ylabel="mean cosine")
+        mix.set(
+            title="Ensemble, out of fold", xlabel="alpha: 0 is Model B, 1 is Model A's family", ylabel="mean cosine"
+        )
         mix.legend(frameon=False)
         _lines(training, histories, "epoch", {"marker": "."})
         training.set(title="Training, mean over the held-out folds", xlabel="epoch", ylabel="mean cosine")
@@ -75,4 +109,4 @@ def _lines(axes: Axes, table: pd.DataFrame, x: str, style: Mapping[str, str]) ->
         # As text, fold ids are equally far apart and no half fold gets a tick.
         places = table[x].astype(str) if x == "fold" else table[x]
         axes.plot(places, table[name], color=COLOURS[name], label=name, **style)
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # never over a point

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from img2prompt.ensemble import mix, search_alpha
+from img2prompt.ensemble import Cosines, mix, search_weights
 from img2prompt.metric import unit
 from img2prompt.progress import progress
 
@@ -303,7 +303,7 @@ def fit_predict(
     (n,) bool: counts in choosing. keys: `text`, `image`, or `both`: the mix of the two predictions. k,
     distance_dim: `search`, or the number to use; a k beyond the smallest bank of keys becomes its size.
 
-    What is searched is chosen like the ensemble's alpha, with the paper silent: for each kind of keys the k
+    What is searched is chosen like the ensemble's weights, with the paper silent: for each kind of keys the k
     and distance_dim of the best mean cosine out of fold (of equals the smallest k, then the smallest
     distance_dim), then for `both` the image share. A fold's own predictions use the choice made on the other
     folds' rows; those rows do have neighbours in the fold, as they must, but the cosines that the fold is
@@ -345,10 +345,13 @@ def fit_predict(
         if keys != "both":
             return Choice(settings, float(keys == "image"))
         image, text = predict("image", settings["image"]), predict("text", settings["text"])
-        return Choice(settings, search_alpha(image, text, targets, rows).alpha)
+        shares = search_weights(Cosines.between([image[rows], text[rows]], targets[rows]))
+        return Choice(settings, float(shares[0]))
 
     def combine(by_kind: dict[str, np.ndarray], image_share: float) -> np.ndarray:
-        return mix(by_kind["image"], by_kind["text"], image_share) if keys == "both" else by_kind[keys]
+        if keys != "both":
+            return by_kind[keys]
+        return mix([by_kind["image"], by_kind["text"]], [image_share, 1 - image_share])
 
     oof, fold_choices = np.empty((len(queries), targets.shape[1]), dtype=np.float32), {}
     for held_out in np.unique(fold).tolist():

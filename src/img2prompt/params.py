@@ -53,9 +53,9 @@ class EmbedPrompts(Section):
 
 
 class Dedup(Section):
-    """Cosine above which of two prompts one is dropped: from training, and from scoring."""
+    """Cosine above which of two prompts one is dropped: from training (at 1, none is), and from scoring."""
 
-    threshold: Cosine
+    threshold: Annotated[float, Field(gt=0, le=1)]
     scored: Cosine
 
 
@@ -183,9 +183,18 @@ class Knn(Section):
 
 
 class Ensemble(Section):
-    """Model A's share in the mix."""
+    """Who is in the mix, and what share of the weights Model A's family has."""
 
+    members: Annotated[list[Literal["model_a", "clip", "ridge", "model_b"]], Field(min_length=2)]
     alpha: Share | Literal["search"]
+
+    @model_validator(mode="after")
+    def _both_families(self) -> Self:
+        if len(set(self.members)) < len(self.members):
+            raise ValueError("members names one twice")
+        if "model_b" not in self.members:
+            raise ValueError("members lacks model_b: alpha weighs the others, Model A's family, against it")
+        return self
 
 
 class Params(Section):

@@ -1,0 +1,157 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from dvc.repo import Repo
+from PIL import Image
+
+import pipelines.compare
+from img2prompt.comparison import differences, differences_markdown, most_changed, pair, verdict
+from img2prompt.figures import draw_changes
+from img2prompt.metric import bootstrap_interval
+
+
+def cosines(seed=0, n=60, **models):
+    """A cosines table of n train rows in folds 0 and 1, groups of two, every fifth not scored, and n // 2 test rows."""
+    rng = np.random.default_rng(seed)
+    train = pd.DataFrame({"split": "train", "source": "s", "id": [f"p{i}" for i in range(n)], "fold": np.arange(n) % 2})
+    train = train.assign(group=np.arange(n) // 2, scored=np.arange(n) % 5 > 0)
+    test = train[: n // 2].assign(split="test", fold=-1, group=np.arange(n // 2), scored=True)
+    table = pd.concat([train, test], ignore_index=True)
+    values = {name: rng.uniform(0.3, 0.7, len(table)) + shift for name, shift in models.items()}
+    return table.assign(**values).astype(dict.fromkeys(models, np.float32))
+
+
+def test_pairs_are_of_the_scored_pictures_of_both():
+    first, second = cosines(ridge=0.0, clip=0.0), cosines(1, ridge=0.1, model_a=0.0)
+    second = second.drop(index=[1, 2]).sample(frac=1, random_state=0)
+    pairs, notes = pair(first, second)
+    assert pairs.columns.tolist() == ["split", "source", "id", "fold", "group", "ridge_a", "ridge_b"]
+    wanted = first[first.scored].drop(index=[1, 2])
+    assert pairs.id.tolist() == wanted.id.tolist()  # A's order
+    assert pairs.ridge_a.tolist() == wanted.ridge.tolist()
+    assert pairs.ridge_b.tolist() == second.ridge.reindex(wanted.index).tolist()
+    assert notes == [
+        "train pictures: 48 scored in A, 46 in B; compared on the 46 of both",
+        "only one of them has clip, model_a",
+    ]
+    assert pair(first, first)[1] == []
+
+
+def test_other_folds_are_said_to_be_so():
+    first = cosines(ridge=0.0)
+    _, notes = pair(first, first.assign(fold=0))
+    assert notes == ["the folds differ: the columns by fold are A's folds"]
+
+
+def test_nothing_in_common_is_refused():
+    first = cosines(ridge=0.0)
+    for second in (first.assign(source="other"), first.rename(columns={"ridge": "clip"})):
+        with pytest.raises(ValueError, match="in common"):
+            pair(first, second)
+
+
+def test_differences_are_paired_and_grouped():
+    first, second = cosines(clip=0.0, ridge=0.0), cosines(1, clip=0.0, ridge=0.1)
+    table = differences(pair(first, second)[0]).set_index(["model", "on"])
+    assert table.index.tolist() == [(m, on) for m in ("clip", "ridge") for on in ("oof", "fold_0", "fold_1", "test")]
+    rows = first.scored & (first.fold == 1)
+    change = (second.ridge - first.ridge)[rows].astype(float)
+    found = table.loc["ridge", "fold_1"]
+    assert found.pictures == rows.sum()
+    assert found.difference == pytest.approx(change.mean())
+    assert found.b - found.a == pytest.approx(found.difference)
+    assert (found.low, found.high) == pytest.approx(bootstrap_interval(change, first.group[rows]), abs=1e-7)
+
+
+def test_verdicts():
+    assert [verdict(*interval) for interval in ((0.01, 0.02), (-0.02, -0.01), (-0.01, 0.01), (0.0, 0.0))] == [
+        "better", "worse", "within noise", "the same",
+    ]  # fmt: skip
+    assert verdict(np.nan, np.nan) == "unknown"
+
+
+def test_a_constant_gain_is_found_and_noise_is_not():
+    first = cosines(clip=0.0, ridge=0.0, model_a=0.0)
+    noise = np.random.default_rng(1).normal(0, 0.01, len(first))
+    second = first.assign(clip=first["clip"] + noise, ridge=first.ridge + noise + 0.02, model_a=first.model_a - 0.01)
+    table = differences(pair(first, second)[0])
+    found = table[table.on == "oof"].set_index("model").verdict.to_dict()
+    assert found == {"clip": "within noise", "ridge": "better", "model_a": "worse"}
+    overall, by_fold = differences_markdown(table).split("\n\n")
+    assert overall.splitlines()[0] == (
+        "| model | oof, A | oof, B | B - A [95%] | B is | test, A | test, B | B - A [95%] | B is |"
+    )
+    assert "| better |" in overall.splitlines()[3]
+    assert by_fold.splitlines()[0] == "| model | fold_0 | fold_1 |"
+
+
+def test_most_changed_and_its_figure(tmp_path):
+    first = cosines(ridge=0.0)
+    second = first.copy()
+    second["ridge"] += pd.Series({2: 0.1, 7: 0.3, 61: 0.2, 3: -0.1, 4: -0.2}).reindex(first.index, fill_value=0)
+    pairs, _ = pair(first, second)
+    better, worse = most_changed(pairs, "ridge", 2)
+    assert better[["split", "id"]].values.tolist() == [["train", "p7"], ["test", "p1"]]
+    assert worse.id.tolist() == ["p4", "p3"]
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "p.png")
+    better = better.assign(picture=[str(tmp_path / "p.png"), None], prompt=["a red thing", None])
+    draw_changes(tmp_path / "out.png", better, worse.assign(picture=None, prompt=None))
+    sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
+    assert (sheet == [255, 0, 0]).all(axis=2).any()
+    draw_changes(tmp_path / "one.png", better, worse[:0].assign(picture=None, prompt=None))
+    assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "out.png").size
+
+
+DVC_YAML = """
+stages:
+  ensemble:
+    cmd: mkdir -p outputs/ensemble && cp ${cosines}.parquet outputs/ensemble/cosines.parquet
+    params: [cosines]
+    outs: [outputs/ensemble/]
+"""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with a run at HEAD, an experiment `better`, and as its workspace what the experiment was."""
+    monkeypatch.chdir(tmp_path)
+    for who in ("AUTHOR", "COMMITTER"):
+        for what in ("NAME", "EMAIL"):
+            monkeypatch.setenv(f"GIT_{who}_{what}", "x@y")
+    table = cosines(ridge=0.0)
+    table.to_parquet("first.parquet")
+    table.assign(ridge=table.ridge + 0.1).to_parquet("second.parquet")
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("params.yaml").write_text("cosines: first\n")
+    Path(".gitignore").write_text("/outputs/\n")
+    subprocess.run(["git", "init", "-q"], check=True)
+    with Repo.init() as repo:
+        repo.reproduce()
+        subprocess.run("git add . && git commit -qm first", shell=True, check=True)
+        repo.experiments.run(name="more", params=["cosines=second"])
+
+
+def compare(*names):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", *names])
+        pipelines.compare.main(None)
+
+
+def test_experiments_and_revisions_are_read_from_dvc(repository, capsys):
+    compare("HEAD", "more")
+    assert capsys.readouterr().out.startswith("A is HEAD, B is more.\n\n| model | oof, A |")
+    found = pd.read_csv("outputs/compare/compare.csv")
+    assert found.difference.tolist() == pytest.approx([0.1] * 4)
+    assert set(found.verdict) == {"better"}
+    assert Path("outputs/compare/ridge.png").is_file()
+    compare("more", "workspace")
+    assert set(pd.read_csv("outputs/compare/compare.csv").verdict) == {"the same"}
+    assert not Path("outputs/compare/ridge.png").exists()
+    with pytest.raises(ValueError, match=r"nowhere: no outputs/ensemble/cosines\.parquet there .*`dvc exp show`"):
+        compare("HEAD", "nowhere")
+    with pytest.raises(ValueError, match="name two experiments"):
+        compare("HEAD")
