@@ -70,16 +70,18 @@ class _Spectrum:
             torch.tensor(np.stack(alike.to_list())) for _, alike in members.groupby(members.map(len))
         ]  # of every size g, the rows of the m groups of that size: (m, g)
 
-    def left_out(self, outputs: Tensor, strength: float) -> Tensor:
-        """Outputs (n, o) of mean 0, less what is predicted of each row from the rows outside its group."""
-        shrink = self.values / (self.values + strength)
-        residual = outputs - self.basis @ (shrink[:, None] * (self.basis.T @ outputs))
-        rooted = self.basis * shrink.sqrt()
-        for rows in self.groups:
-            block = rooted[rows]
-            hat = block @ block.mT + 1 / len(self.x)  # the last part is the mean's
-            residual[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
-        return residual
+    def left_out(self, outputs: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
+        """For each strength, outputs (n, o) of mean 0 less what is predicted of a row without its group's rows."""
+        projected = self.basis.T @ outputs
+        for strength in strengths:
+            shrink = self.values / (self.values + strength)
+            residual = outputs - self.basis @ (shrink[:, None] * projected)
+            rooted = self.basis * shrink.sqrt()
+            for rows in self.groups:
+                block = rooted[rows]
+                hat = block @ block.mT + 1 / len(self.x)  # the last part is the mean's
+                residual[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
+            yield residual
 
     def weight(self, outputs: Tensor, strength: float) -> Tensor:
         """The fit's weight (o, d)."""
@@ -114,7 +116,8 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
         text_groups = np.concatenate([groups, others])
         text = ridge(prior.texts, prior.targets, text_groups)
         c = ((prior.texts - text.mean) / text.std).double()
-        wrong = _Spectrum(c, text_groups).left_out(prior.targets.double() - text.bias.double(), text.strength)
+        spoken = prior.targets.double() - text.bias.double()
+        (wrong,) = _Spectrum(c, text_groups).left_out(spoken, [text.strength])
         inverse = torch.linalg.inv(c.T @ c + text.strength * torch.eye(c.shape[1], dtype=torch.double))
         translate = text.weight.double().T  # (k, t)
         project = std.double()[:, None] * prior.projection.double() / text.std.double()
@@ -122,8 +125,8 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
         outputs = torch.cat([outputs, x @ project], dim=1)
 
     best = (-math.inf, 0.0, 0.0)
-    for strength in (len(x) * 10 ** torch.linspace(-3, 4, 29)).tolist():
-        left_out = spectrum.left_out(outputs, strength)
+    strengths = (len(x) * 10 ** torch.linspace(-3, 4, 29)).tolist()
+    for strength, left_out in zip(strengths, spectrum.left_out(outputs, strengths), strict=True):
         predicted = t - left_out[:, : t.shape[1]]
         scores = functional.cosine_similarity(predicted, t).mean()[None]
         if prior:
