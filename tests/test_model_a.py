@@ -13,7 +13,6 @@ from img2prompt.model_a import (
     PaperHead,
     Ridge,
     Schedule,
-    Standardise,
     Stored,
     cosine_loss,
     fit,
@@ -34,22 +33,23 @@ ROWS, UNSEEN = np.arange(100), np.arange(100, 120)
 
 def schedule(**changes):
     values = dict(
-        epochs=3, lr_tower=1e-3, lr_head=1e-2, batch_size=16, accumulate=1, weight_decay=0.01, warmup=0.1,
-        clip_grad=1.0, seed=(0,),
+        epochs=3, lr_tower=1e-3, lr_head=1e-2, layer_decay=1.0, mse=0.0, ema=0.0, batch_size=16, accumulate=1,
+        weight_decay=0.01, warmup=0.1, clip_grad=1.0, seed=(0,),
     )  # fmt: skip
     return Schedule(**values | changes)
 
 
-def start(kind=PaperHead, dropout=0.0):
+REGRESSION = ridge(torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS]))
+
+
+def start(kind=PaperHead, dropout=0.0, hidden=0):
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12))
-    standardise = Standardise(torch.from_numpy(FEATURES[ROWS]))
-    regression = ridge(standardise(torch.from_numpy(FEATURES[ROWS])), torch.from_numpy(TARGETS[ROWS]))
-    return tower, kind(standardise, regression, dropout)
+    return tower, kind(REGRESSION, dropout, hidden)
 
 
-def run(resume, plan, kind=PaperHead, dropout=0.0, targets=None):
-    tower, head = start(kind, dropout)
+def run(resume, plan, kind=PaperHead, dropout=0.0, targets=None, hidden=0):
+    tower, head = start(kind, dropout, hidden)
     targets = TARGETS[None] if targets is None else targets
     history = fit(tower, head, Stored(FEATURES), targets, ROWS, plan, "cpu", resume, UNSEEN, "test")
     return tower, head, history
@@ -62,15 +62,13 @@ def weights(*modules):
 def predictions(tower, head):
     # Not the weights: what a norm takes out has no gradient, and Adam makes steps of the rounding left there. For the
     # same reason not the paper's head, whose two norms agree at the start, so that its mix has no gradient.
-    return predict(tower, head, Stored(FEATURES), UNSEEN, 64, "cpu")
+    return predict(tower, head, [Stored(FEATURES)], UNSEEN, 64, "cpu")
 
 
 def test_paper_head_by_hand():
     # Two features, already standard, and two outputs. FC1 = identity: V = (1, -1) has mean 0 and deviation 1,
     # so N1 = (1, -1). FC2 swaps: N2 = (-1, 1). With w = 0.75, A = 0.75 * N1 + 0.25 * N2 = (0.5, -0.5).
-    head = PaperHead(Standardise(torch.eye(2)), Ridge(torch.eye(2), torch.zeros(2), 0.0, 0.0), 0.0)
-    head.standardise.mean.zero_()
-    head.standardise.std.fill_(1)
+    head = PaperHead(Ridge(torch.zeros(2), torch.ones(2), torch.eye(2), torch.zeros(2), 0.0, 0.0), 0.0, 0)
     with torch.no_grad():
         head.fc2.weight.copy_(torch.eye(2).flip(0))
         for norm in (head.norm1, head.norm2):
@@ -96,10 +94,10 @@ def test_ridge_is_the_closed_form_one():
     from sklearn.linear_model import Ridge as Reference
 
     for rows in (ROWS, ROWS[:8]):  # more rows than features, and fewer
-        standardise = Standardise(torch.from_numpy(FEATURES[rows]))
-        x = standardise(torch.from_numpy(FEATURES[rows]))
-        found = ridge(x, torch.from_numpy(TARGETS[rows]))
-        reference = Reference(alpha=found.strength).fit(x.double(), TARGETS[rows].astype(np.float64))
+        found = ridge(torch.from_numpy(FEATURES[rows]), torch.from_numpy(TARGETS[rows]))
+        x = (FEATURES[rows] - found.mean.numpy()) / found.std.numpy()
+        assert np.allclose(x.std(0, ddof=1), 1, atol=1e-4)
+        reference = Reference(alpha=found.strength).fit(x.astype(np.float64), TARGETS[rows].astype(np.float64))
         assert np.allclose(found.weight, reference.coef_, atol=1e-5)
         assert np.allclose(found.bias, reference.intercept_, atol=1e-5)
 
@@ -112,7 +110,7 @@ def test_ridge_strength_is_the_best_by_leaving_each_row_out():
     x = rng.normal(size=(40, 5))
     y = x @ rng.normal(size=(5, 4)) + 2 * rng.normal(size=(40, 4)) + 1
     y /= np.linalg.norm(y, axis=1, keepdims=True)
-    x = (x - x.mean(0)) / x.std(0)
+    x = (x - x.mean(0)) / x.std(0, ddof=1)
     found = ridge(torch.from_numpy(x).float(), torch.from_numpy(y).float())
 
     def left_out(strength):
@@ -130,20 +128,20 @@ def test_ridge_of_noise_is_the_mean_target():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(50, 30)).astype(np.float32), rng.normal(size=(50, 6)).astype(np.float32) + 2
     y /= np.linalg.norm(y, axis=1, keepdims=True)
-    found = ridge(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y))
+    found = ridge(torch.from_numpy(x), torch.from_numpy(y))
     assert np.allclose(found.bias, y.mean(0), atol=1e-6)
     assert found.weight.norm() < 0.05
 
 
+@pytest.mark.parametrize("hidden", [0, 32])
 @pytest.mark.parametrize("kind", [LinearHead, PaperHead])
-def test_heads_start_as_the_ridge_regression(kind):
+def test_heads_start_as_the_ridge_regression(kind, hidden):
     features = torch.from_numpy(FEATURES)
     targets = functional.normalize(features @ torch.randn(12, 384, generator=torch.Generator().manual_seed(0)))
-    standardise = Standardise(features)
-    regression = ridge(standardise(features), targets)
-    head = kind(standardise, regression, 0.0)
+    regression = ridge(features, targets)
+    head = kind(regression, 0.0, hidden)
     with torch.no_grad():
-        expected = standardise(features) @ regression.weight.T + regression.bias
+        expected = (features - regression.mean) / regression.std @ regression.weight.T + regression.bias
         assert functional.cosine_similarity(head(features), expected).min() > 0.98
 
 
@@ -173,7 +171,7 @@ def test_rates_differ_and_norms_are_not_decayed():
             rate[id(parameter)] = (group["lr"], group["weight_decay"])
     assert rate[id(tower[0].weight)] == (1e-3, 0.3)
     assert rate[id(tower[1].weight)] == (1e-3, 0.0)
-    assert rate[id(head.fc1.weight)] == (1e-2, 0.3)
+    assert rate[id(head.fc1.fc.weight)] == (1e-2, 0.3)
     assert rate[id(head.norm2.bias)] == rate[id(head.w)] == (1e-2, 0.0)
 
 
@@ -201,24 +199,25 @@ def test_a_short_step_weighs_its_rows_alike(tmp_path):
     assert np.allclose(predictions(*one[:2]), predictions(*three[:2]), atol=1e-4)
 
 
-@pytest.mark.parametrize("killed_in", [1, 2])
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, killed_in, monkeypatch):
-    targets = np.stack([TARGETS, TARGETS[::-1]])
-    whole = run(tmp_path / "a", schedule(), dropout=0.2, targets=targets)
+    plan = schedule(ema=0.3, mse=0.01, layer_decay=0.5)
+    how = dict(dropout=0.2, targets=np.stack([TARGETS, TARGETS[::-1]]), hidden=8)
+    whole = run(tmp_path / "a", plan, **how)
 
     saved = model_a._save
 
-    def save_and_die(path, model, optimiser, scaler, history):
-        saved(path, model, optimiser, scaler, history)
-        if len(history) == killed_in:
+    def save_and_die(path, *state):
+        saved(path, *state)
+        if len(state[-1]) == killed_in:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(model_a, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", schedule(), dropout=0.2, targets=targets)
+        run(tmp_path / "b", plan, **how)
     monkeypatch.undo()
     torch.manual_seed(99)
-    again = run(tmp_path / "b", schedule(), dropout=0.2, targets=targets)
+    again = run(tmp_path / "b", plan, **how)
     assert torch.equal(weights(*whole[:2]), weights(*again[:2]))
     assert whole[2] == again[2]
 
@@ -251,21 +250,103 @@ def test_augmented_targets_are_used(tmp_path):
 
 def test_predictions_have_norm_one_and_do_not_depend_on_the_batch():
     tower, head = start()
-    one = predict(tower, head, Stored(FEATURES), UNSEEN, 3, "cpu")
+    one = predict(tower, head, [Stored(FEATURES)], UNSEEN, 3, "cpu")
     assert one.shape == (20, 6)
     assert np.allclose(np.linalg.norm(one, axis=1), 1, atol=1e-6)
-    assert np.allclose(one, predict(tower, head, Stored(FEATURES), UNSEEN, 64, "cpu"), atol=1e-6)
+    assert np.allclose(one, predictions(tower, head), atol=1e-6)
+
+
+def test_each_layer_has_the_rate_of_the_one_behind_it_times_the_decay():
+    tower, head = start()
+    tower.append(nn.Linear(12, 12))
+    rate = {
+        id(parameter): group["lr"]
+        for group in parameter_groups(tower, head, schedule(layer_decay=0.5))
+        for parameter in group["params"]
+    }
+    for layer, expected in zip([*tower, head], [2.5e-4, 5e-4, 1e-3, 1e-2], strict=True):
+        assert {rate[id(parameter)] for parameter in layer.parameters()} == {expected}
+
+
+def test_mean_squared_error_by_hand():
+    predicted, target = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    # cosines 1 and 0; squared errors (1 + 0) / 2 and (1 + 9) / 2
+    assert cosine_loss(predicted, target, 0.1).item() == pytest.approx(0 + 1 + 0.1 * (0.5 + 5))
+
+
+def test_averaged_weights_by_hand(tmp_path):
+    """The plain run's weights after each step, one epoch a step, averaged here."""
+    plan = dict(epochs=4, batch_size=100, warmup=0.0)
+    steps = [weights(*start(LinearHead))]
+    saved = model_a._save
+
+    def keep(path, model, *rest):
+        steps.append(weights(model))
+        saved(path, model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_a, "_save", keep)
+        *last, _ = run(tmp_path / "a", schedule(**plan), LinearHead)
+    assert torch.equal(steps[-1], weights(*last))
+    average = steps[0]
+    for now in steps[1:]:
+        average = average + (now - average) / 2  # half of 4 steps: a decay of 1 - 1/2
+    *averaged, history = run(tmp_path / "b", schedule(**plan, ema=0.5), LinearHead)
+    assert torch.allclose(weights(*averaged), average, atol=1e-6)
+    # What is logged is the score of what is kept.
+    assert history[-1]["score"] == pytest.approx((predictions(*averaged) * TARGETS[UNSEEN]).sum(1).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LinearHead, PaperHead])
+def test_a_wide_hidden_layer_learns_what_a_line_cannot(tmp_path, kind):
+    targets = np.tanh(np.abs(FEATURES - 2) @ RNG.normal(size=(12, 6)).astype(np.float32) / 3)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    plan = schedule(epochs=30, batch_size=33, lr_head=3e-2)  # 100 rows: the last batch is one row alone
+    losses = [
+        run(tmp_path / str(hidden), plan, kind, targets=targets[None], hidden=hidden)[2][-1]["loss"]
+        for hidden in (0, 256)
+    ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_views_are_averaged_at_norm_one():
+    tower, head = start()
+    views = [Stored(FEATURES), Stored(FEATURES[::-1].copy())]
+    one, other, both = (predict(tower, head, which, ROWS, 7, "cpu") for which in (views[:1], views[1:], views))
+    assert not np.allclose(one, other, atol=0.1)
+    assert np.allclose(both, (one + other) / np.linalg.norm(one + other, axis=1, keepdims=True), atol=1e-5)
+
+
+def settings(**changes):
+    return load_params(Path(__file__).parent.parent / "params.yaml").model_a.model_copy(update=changes)
+
+
+def trained(resume, tower, section):
+    args = (TARGETS[None], ROWS, UNSEEN, section, section.baseline, (0, 1), "cpu")
+    return train("clip", REGRESSION, FEATURES, Stored(FEATURES), tower, *args, resume)
 
 
 def test_two_phases_and_the_control_without_a_tower(tmp_path):
-    settings = load_params(Path(__file__).parent.parent / "params.yaml").model_a
-    args = (TARGETS[None], ROWS, UNSEEN, settings, settings.baseline, (0, 1), "cpu")
+    section = settings()
     tower = nn.Sequential(nn.Linear(12, 12))
     before = weights(tower)
-    _, history = train("clip", FEATURES, Stored(FEATURES), tower, *args, tmp_path / "a")
-    head, both = settings.baseline.head_epochs, settings.baseline.tower_epochs
+    _, history = trained(tmp_path / "a", tower, section)
+    head, both = section.baseline.head_epochs, section.baseline.tower_epochs
     assert history.phase.tolist() == ["head"] * head + ["tower"] * both
     assert not torch.equal(before, weights(tower))
-    _, control = train("clip", FEATURES, Stored(FEATURES), nn.Sequential(), *args, tmp_path / "b")
+    _, control = trained(tmp_path / "b", nn.Sequential(), section)
     assert len(control) == len(history)
     assert control.score[:head].tolist() == history.score[:head].tolist()
+
+
+def test_wise_is_between_the_start_and_the_trained_weights(tmp_path):
+    found = {}
+    for share in (0.0, 0.25, 1.0):
+        torch.manual_seed(0)
+        tower = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12))
+        before = weights(tower)
+        head, _ = trained(tmp_path / str(share), tower, settings(wise=share, lr_tower=0.01, dropout=0.0))
+        found[share] = weights(tower, head)
+    assert torch.equal(found[0.0][: len(before)], before)
+    assert not torch.equal(found[0.0], found[1.0])
+    assert torch.allclose(found[0.25], 0.75 * found[0.0] + 0.25 * found[1.0], atol=1e-6)

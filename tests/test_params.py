@@ -51,6 +51,13 @@ def test_default_is_valid():
         ("model_a__lr_head", float("nan"), "model_a.lr_head"),
         ("model_a__augmentation__flip", 1.1, "model_a.augmentation.flip"),
         ("model_a__baseline", None, "model_a.baseline"),
+        ("model_a__tta", ["flip", "flip"], "model_a"),
+        ("model_a__tta", ["mirror"], "model_a.tta.0"),
+        ("model_a__layer_decay", 0, "model_a.layer_decay"),
+        ("model_a__wise", 1.5, "model_a.wise"),
+        ("clip__model", [], "clip.model"),
+        ("clip__model", ["sample", "sample"], "clip"),
+        ("clip__pretrained", ["openai", "openai"], "clip"),
         ("extra", {}, "extra"),
     ],
 )
@@ -91,3 +98,11 @@ def test_search_and_numbers_are_both_taken(tmp_path):
 def test_a_head_that_never_trains_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing would be trained"):
         load_params(written(tmp_path, model_a__head_epochs=0, model_a__tower_epochs=0))
+
+
+def test_one_clip_or_several_with_one_tag_for_all_or_one_each(tmp_path):
+    assert load_params(REPOSITORY / "params.yaml").clip.models == [("sample", None, None)]
+    several = written(tmp_path, clip__model=["ViT-B-32", "sample:lite1"], clip__pretrained=["openai", None])
+    assert load_params(several).clip.models == [("ViT-B-32", "openai", None), ("sample:lite1", None, None)]
+    sizes = written(tmp_path, clip__model=["sample", "sample:lite1"], clip__image_size=160)
+    assert load_params(sizes).clip.models == [("sample", None, 160), ("sample:lite1", None, 160)]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import timm
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from img2prompt.progress import progress
 
@@ -108,10 +112,15 @@ class _Embed(nn.Module):
             setattr(self, name, getattr(visual, name))
         self.class_embedding = visual.class_embedding
         self.positional_embedding = visual.positional_embedding
+        self.grid = visual.grid_size
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """(n, 3, size, size) -> (n, 1 + patches, width)."""
-        return VisionTransformer._embeds(self, pictures)
+        """(n, 3, size, size) -> (n, 1 + patches, width); for another size, positions are interpolated."""
+        patches = self.conv1(pictures)
+        position = resample_abs_pos_embed(self.positional_embedding[None], patches.shape[-2:], self.grid)
+        first = self.class_embedding.expand(len(patches), 1, -1).to(patches.dtype)
+        tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
+        return self.ln_pre(self.patch_dropout(tokens + position.to(tokens.dtype)))
 
 
 class _Pool(nn.Module):
@@ -155,6 +164,38 @@ def project(visual: nn.Module, pooled: Tensor) -> Tensor:
     if isinstance(visual, VisionTransformer):
         return pooled if visual.proj is None else pooled @ visual.proj
     return visual.head(pooled) if hasattr(visual, "trunk") else pooled
+
+
+def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
+    """CLIP's transform with one change, for test-time augmentation.
+
+    Args:
+        clip: whose transform.
+        name: `plain`: none; `flip`: the mirror image; `smaller`, `larger`: three or five quarters of the side, in whole
+            patches; `renormalised`: ImageNet's usual 0.5 in place of CLIP's mean and deviation, or the reverse.
+
+    Raises:
+        ValueError: the tower takes pictures of one size only, and the view has another.
+    """
+    visual = clip.model.visual
+    preprocess = PreprocessCfg(**visual.preprocess_cfg)
+    if name == "flip":
+        return Compose([ImageOps.mirror, clip.transform])
+    if name == "renormalised":
+        half = (0.5, 0.5, 0.5)
+        mean, std = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) if tuple(preprocess.mean) == half else (half, half)
+        return image_transform_v2(replace(preprocess, mean=mean, std=std), is_train=False)
+    if name in ("smaller", "larger"):
+        vision = isinstance(visual, VisionTransformer)
+        if not vision and (not hasattr(visual, "trunk") or hasattr(visual.trunk, "patch_embed")):
+            raise ValueError(
+                f"model_a.tta: {name}: this CLIP's tower takes pictures of one size only; leave the view out"
+            )
+        step = visual.patch_size[0] if vision else 32
+        patches = visual.image_size[0] / step
+        side = step * (math.floor(0.75 * patches) if name == "smaller" else math.ceil(1.25 * patches))
+        return image_transform_v2(replace(preprocess, size=(side, side)), is_train=False)
+    return clip.transform
 
 
 def unfrozen(layers: nn.Sequential, count: int) -> nn.Sequential:

@@ -132,5 +132,5 @@ def _lines(axes: Axes, table: pd.DataFrame, x: str, style: Mapping[str, str]) ->
     for name in table.columns.drop(x):
         # As text, fold ids are equally far apart and no half fold gets a tick.
         places = table[x].astype(str) if x == "fold" else table[x]
-        axes.plot(places, table[name], color=COLOURS[name], label=name, **style)
+        axes.plot(places, table[name], color=COLOURS.get(name), label=name, **style)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # never over a point

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from img2prompt.clip import Clip, project, tower
+from img2prompt.clip import Clip, project, tower, unfrozen, view
 from img2prompt.params import Augmentation
 from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
@@ -88,27 +88,42 @@ class Drawn:
             yield x
 
 
+def stem(split: str, seen: str) -> str:
+    """What the names of a split's files start with: `train`, and for other views than the plain one `train_flip`."""
+    return split if seen == "plain" else f"{split}_{seen}"
+
+
 def embed_pictures(
-    clip: Clip, references: Sequence[str | None], batch_size: int, device: str, folder: Path, split: str, keep: int
+    clip: Clip,
+    references: Sequence[str | None],
+    batch_size: int,
+    device: str,
+    folder: Path,
+    split: str,
+    keep: int,
+    seen: str = "plain",
 ) -> None:
-    """Run CLIP's image tower over the pictures and write, row by row, as .npy files of `folder`:
+    """Run CLIP's image tower over a view of the pictures and write, row by row, as .npy files of `folder`:
 
     - `{split}_image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
     - `{split}_pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
     - `{split}_frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
 
+    Of other views than the plain one they are called `{split}_{seen}_image` and so on.
+
     Raises:
-        ValueError: the tower has fewer than `keep` layers, or a picture cannot be decoded.
+        ValueError: the tower has fewer than `keep` layers or no such view, or a picture cannot be decoded.
     """
     layers = tower(clip.model.visual)
-    frozen, last = layers[: len(layers) - keep], layers[len(layers) - keep :]
-    pictures = Pictures(references, clip.transform)
+    last = unfrozen(layers, keep)
+    frozen = layers[: len(layers) - keep]
+    pictures = Pictures(references, view(clip, seen))
     rows = [
         np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
     ]
     files: dict[str, np.memmap] = {}
     cuda = torch.device(device).type == "cuda"
-    batches = progress(pictures.batches(rows), f"CLIP on {split} pictures", len(rows), "batch")
+    batches = progress(pictures.batches(rows), f"CLIP on {stem(split, seen)} pictures", len(rows), "batch")
     # no_grad and not inference_mode: under autocast the latter casts attention's weights again for every call.
     for batch, x in zip(rows, batches, strict=True):
         with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
@@ -119,7 +134,7 @@ def embed_pictures(
         for name, value in outputs.items():
             array = value.cpu().numpy()
             if name not in files:
-                path = folder / f"{split}_{name}.npy"
+                path = folder / f"{stem(split, seen)}_{name}.npy"
                 files[name] = open_memmap(path, "w+", array.dtype, (len(references), *array.shape[1:]))
             files[name][batch] = array
     for file in files.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,26 +23,15 @@ from img2prompt.progress import progress
 from img2prompt.storage import whole
 
 
-class Standardise(nn.Module):
-    """Features at mean 0 and deviation 1, by the training rows' statistics; a change of variables of the FC behind."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", features.mean(0))
-        self.register_buffer("std", features.std(0) + 1e-6)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(n, d) -> (n, d)."""
-        return (features - self.mean) / self.std
-
-
 @dataclass(frozen=True)
 class Ridge:
-    """A closed-form ridge regression on standardised features: `features @ weight.T + bias`.
+    """A closed-form ridge regression: `(features - mean) / std @ weight.T + bias`.
 
     `score` is the mean leave-one-out cosine over the rows it was fitted on, the best of the strengths tried.
     """
 
+    mean: Tensor
+    std: Tensor
     weight: Tensor
     bias: Tensor
     strength: float
@@ -51,14 +41,17 @@ class Ridge:
 def ridge(features: Tensor, targets: Tensor) -> Ridge:
     """Fit every strength from one eigendecomposition and take the best by leave-one-out cosine, also closed-form.
 
+    Features are brought to mean 0 and deviation 1 first: strengths weigh them alike.
+
     Only the rows given are looked at. The strengths go from hardly any to the mean target alone, in steps of
     about 1.8, so the best one is inside.
 
     Args:
-        features: (n, d) of mean 0 and deviation 1.
+        features: (n, d) float32.
         targets: (n, t) of norm 1.
     """
-    x, mean = features.double(), targets.double().mean(0)
+    centre, std = features.mean(0), features.std(0) + 1e-6
+    x, mean = ((features - centre) / std).double(), targets.double().mean(0)
     y = targets.double() - mean
     # The smaller of the two Gram matrices; either gives the same fit.
     dual = len(x) <= x.shape[1]
@@ -78,28 +71,55 @@ def ridge(features: Tensor, targets: Tensor) -> Ridge:
     score, strength = best
     inner = vectors / (values + strength) @ vectors.T
     weight = (x.T @ (inner @ y) if dual else inner @ (x.T @ y)).T
-    return Ridge(weight.float(), mean.float(), strength, score)
+    return Ridge(centre, std, weight.float(), mean.float(), strength, score)
+
+
+class Wide(nn.Module):
+    """A hidden layer beside the output (the competition's 1st place: 16,384 wide, with batch norm).
+
+    Its own output starts at zero, so that a head with it starts where the head without it does.
+    """
+
+    def __init__(self, features: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = (
+            nn.Linear(features, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden, outputs),
+        )
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, d) -> (n, t)."""
+        self.norm.train(self.training and len(features) > 1)  # one row alone has no spread
+        return self.leave(functional.relu(self.norm(self.enter(features))))
 
 
 class LinearHead(nn.Module):
-    """The paper's row "CLIP": one linear layer. Starts as the ridge regression.
+    """The paper's row "CLIP": one linear layer on standardised features. Starts as the ridge regression.
 
     Args:
-        standardise: of the pooled features.
-        start: (t, d) weight and (t,) bias on standardised features.
+        start: the ridge regression from pooled features to targets.
         dropout: on the features.
+        hidden: width of a hidden layer beside it; 0: none.
     """
 
-    def __init__(self, standardise: Standardise, start: Ridge, dropout: float) -> None:
+    def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
         super().__init__()
-        self.standardise, self.dropout = standardise, nn.Dropout(dropout)
-        self.fc = nn.Linear(*reversed(start.weight.shape))
+        self.register_buffer("mean", start.mean.clone())
+        self.register_buffer("std", start.std.clone())
+        self.dropout = nn.Dropout(dropout)
+        outputs, features = start.weight.shape
+        self.fc = nn.Linear(features, outputs)
         self.fc.weight.data.copy_(start.weight)
         self.fc.bias.data.copy_(start.bias)
+        self.wide = Wide(features, hidden, outputs) if hidden else None
 
     def forward(self, features: Tensor) -> Tensor:
         """V (n, d) -> (n, t), not normalised."""
-        return self.fc(self.dropout(self.standardise(features)))
+        x = self.dropout((features - self.mean) / self.std)
+        return self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
 
 
 class PaperHead(nn.Module):
@@ -108,21 +128,15 @@ class PaperHead(nn.Module):
     FC1 starts as the ridge regression and FC2 as the identity. A norm takes out the mean over the t outputs, which
     is next to nothing beside their spread, and the scale, so N1, N2 and A start in the ridge regression's direction.
 
-    Args:
-        standardise: of the pooled features.
-        start: (t, d) weight and (t,) bias on standardised features.
-        dropout: on the features.
+    Args: as LinearHead, which is FC1.
     """
 
-    def __init__(self, standardise: Standardise, start: Ridge, dropout: float) -> None:
+    def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
         super().__init__()
         width = len(start.bias)
-        self.standardise, self.dropout = standardise, nn.Dropout(dropout)
-        self.fc1, self.norm1 = nn.Linear(*reversed(start.weight.shape)), nn.LayerNorm(width, eps=1e-8)
+        self.fc1, self.norm1 = LinearHead(start, dropout, hidden), nn.LayerNorm(width, eps=1e-8)
         self.fc2, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-8)
         self.w = nn.Parameter(torch.tensor(0.5))
-        self.fc1.weight.data.copy_(start.weight)
-        self.fc1.bias.data.copy_(start.bias)
         nn.init.eye_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
         for norm in (self.norm1, self.norm2):
@@ -130,7 +144,7 @@ class PaperHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """V (n, d) -> (n, t), not normalised."""
-        n1 = self.norm1(self.fc1(self.dropout(self.standardise(features))))
+        n1 = self.norm1(self.fc1(features))
         n2 = self.norm2(self.fc2(n1))
         return self.w * n1 + (1 - self.w) * n2
 
@@ -162,12 +176,17 @@ class Schedule:
     """One phase of training.
 
     `lr_tower` and `lr_head` are the peaks of a cosine schedule with a linear warm-up over the share `warmup`
-    of the steps; a step sees `batch_size * accumulate` rows.
+    of the steps; a step sees `batch_size * accumulate` rows. Each layer of the tower has the rate of the one behind
+    it times `layer_decay`. `mse` is the weight of the mean squared error beside the cosine. With `ema`, weights are
+    averaged over about this share of the steps, the latest counting most.
     """
 
     epochs: int
     lr_tower: float
     lr_head: float
+    layer_decay: float
+    mse: float
+    ema: float
     batch_size: int
     accumulate: int
     weight_decay: float
@@ -183,30 +202,33 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def parameter_groups(tower: nn.Module, head: nn.Module, schedule: Schedule) -> list[dict[str, object]]:
+def parameter_groups(tower: nn.Sequential, head: nn.Module, schedule: Schedule) -> list[dict[str, object]]:
     """Optimiser groups with differential rates: every trainable parameter in exactly one.
 
-    Biases, norms and the mix are not decayed: pulling them to zero would pull predictions off the mean target.
+    The last layer of the tower has `lr_tower`. Biases, norms and the mix are not decayed:
+    pulling them to zero would pull predictions off the mean target.
     """
-    groups = []
-    for module, rate in ((tower, schedule.lr_tower), (head, schedule.lr_head)):
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for decay, members in (
-            (schedule.weight_decay, [p for p in trained if p.ndim > 1]),
-            (0.0, [p for p in trained if p.ndim <= 1]),
-        ):
-            if members:
-                groups.append({"params": members, "lr": rate, "peak": rate, "weight_decay": decay})
-    return groups
+    rates = [schedule.lr_tower * schedule.layer_decay**behind for behind in reversed(range(len(tower)))]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for module, rate in zip([*tower, head], [*rates, schedule.lr_head], strict=True):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                groups.setdefault((rate, schedule.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [
+        {"params": members, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), members in groups.items()
+    ]
 
 
-def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Sum over rows of 1 - cosine (eq. 7); (n, t) each, of any norm."""
-    return (1 - functional.cosine_similarity(predicted.float(), target.float())).sum()
+def cosine_loss(predicted: Tensor, target: Tensor, mse: float = 0.0) -> Tensor:
+    """Sum over rows of 1 - cosine (eq. 7) + mse * mean squared error; (n, t) each, of any norm."""
+    predicted, target = predicted.float(), target.float()
+    loss = (1 - functional.cosine_similarity(predicted, target)).sum()
+    return loss + mse * functional.mse_loss(predicted, target, reduction="none").mean(1).sum() if mse else loss
 
 
 def fit(
-    tower: nn.Module,
+    tower: nn.Sequential,
     head: nn.Module,
     inputs: Inputs,
     targets: np.ndarray,
@@ -220,10 +242,10 @@ def fit(
     """Train head, and tower where it is not frozen, by the cosine to the targets; changed in place.
 
     After each epoch everything that the next one needs is written to `resume`; if the file is there, training
-    goes on from it and ends with the same weights. Norms' running statistics stay as they came.
+    goes on from it and ends with the same weights. The tower's norms keep their running statistics.
 
     Args:
-        tower: maps an input to (b, d); parameters that do not require gradients stay as they are.
+        tower: layers in order that map an input to (b, d); parameters without gradients stay as they are.
         head: maps (b, d) to (b, t).
         inputs: of the tower, by row.
         targets: (copies, n, t) float32; each epoch draws one of the copies for every row.
@@ -235,7 +257,7 @@ def fit(
         what: named by the progress bar.
 
     Returns:
-        One dict an epoch: `epoch` from 1, `loss` (mean 1 - cosine over the training rows), `score` (on `watched`).
+        One dict an epoch: `epoch` from 1, `loss` (mean over the training rows), `score` (mean cosine on `watched`).
     """
     tower, head = tower.to(device), head.to(device)
     optimiser = torch.optim.AdamW(parameter_groups(tower, head, schedule))
@@ -246,9 +268,12 @@ def fit(
     model = nn.ModuleDict({"tower": tower, "head": head})
     trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
-    history = _load(resume, model, optimiser, scaler) if resume.is_file() else []
     per_step = schedule.batch_size * schedule.accumulate
     steps_per_epoch = math.ceil(len(rows) / per_step)
+    steps = schedule.epochs * steps_per_epoch
+    average = ModelEmaV3(model, 1 - 1 / max(1.0, schedule.ema * steps)) if schedule.ema and steps else None
+    used = average.module if average else model
+    history = _load(resume, model, average, optimiser, scaler) if resume.is_file() else []
     epochs = progress(range(len(history), schedule.epochs), what, unit="epoch")
     for epoch in epochs:
         rng = np.random.default_rng([*schedule.seed, epoch])
@@ -268,41 +293,44 @@ def fit(
         for number, ((step, batch, copies), x) in enumerate(zip(micro, batches, strict=True)):
             with torch.autocast("cuda", half, enabled=cuda):
                 predicted = head(tower(x.to(device)))
-            loss = cosine_loss(predicted, torch.from_numpy(targets[copies, batch]).to(device))
+            loss = cosine_loss(predicted, torch.from_numpy(targets[copies, batch]).to(device), schedule.mse)
             total += loss.item()
             # The last step of an epoch may be smaller: every row weighs the same within its step.
             scaler.scale(loss / min(per_step, len(order) - step * per_step)).backward()
             if number < last[step]:
                 continue
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * schedule.factor(
-                    epoch * steps_per_epoch + step, schedule.epochs * steps_per_epoch
-                )
+                group["lr"] = group["peak"] * schedule.factor(epoch * steps_per_epoch + step, steps)
             scaler.unscale_(optimiser)
             nn.utils.clip_grad_norm_(trained, schedule.clip_grad)
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad()
-        seen = predict(tower, head, inputs, watched, schedule.batch_size, device)
+            if average:
+                average.update(model)
+        seen = predict(used["tower"], used["head"], [inputs], watched, schedule.batch_size, device)
         score = float((seen * targets[0, watched]).sum(1).mean()) if len(watched) else 0.0
         history.append({"epoch": epoch + 1, "loss": total / len(order), "score": score})
         epochs.set_postfix(score=f"{score:.4f}", refresh=False)
-        _save(resume, model, optimiser, scaler, history)
+        _save(resume, model, average, optimiser, scaler, history)
+    if average:
+        model.load_state_dict(average.module.state_dict())
     return history
 
 
-def start_head(kind: str, pooled: np.ndarray, targets: np.ndarray, dropout: float) -> nn.Module:
-    """A head as it starts: the ridge regression from pooled (n, d) to targets (n, t), both of the training rows."""
-    features = torch.from_numpy(pooled)
-    standardise = Standardise(features)
-    return HEADS[kind](standardise, ridge(standardise(features), torch.from_numpy(targets)), dropout)
+def interpolate(model: nn.Module, original: Mapping[str, Tensor], share: float) -> None:
+    """WiSE-FT (arXiv 2109.01903): every weight goes to `share` of the way from `original` to where it is, in place."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(original[name].to(value.device), 1 - share)
 
 
 def train(
     kind: str,
+    start: Ridge,
     pooled: np.ndarray,
     inputs: Inputs,
-    tower: nn.Module,
+    tower: nn.Sequential,
     targets: np.ndarray,
     rows: np.ndarray,
     watched: np.ndarray,
@@ -312,10 +340,11 @@ def train(
     device: str,
     resume: Path,
 ) -> tuple[nn.Module, pd.DataFrame]:
-    """Train one model in two phases: the head alone on the pooled features, then tower and head together.
+    """Train one model in two phases: the head alone on the pooled features, then tower and head together (LP-FT).
 
     Args:
         kind: a key of HEADS.
+        start: the ridge regression that the head starts as, of the training rows.
         pooled: (n, d) float32, V(x) of the untouched tower.
         inputs: of `tower`.
         tower: the layers that train, changed in place; without any, the second phase trains the head on.
@@ -327,19 +356,24 @@ def train(
         resume: folder of what a killed run goes on from.
 
     Returns:
-        The trained head, and the history: `phase`, `epoch`, `loss`, `score`.
+        The trained head, and the history: `phase`, `epoch`, `loss`, `score` (before `wise` mixes in the original).
     """
     torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
-    head = start_head(kind, pooled[rows], targets[0, rows], settings.dropout)
+    head = HEADS[kind](start, settings.dropout, settings.hidden)
+    model = nn.ModuleDict({"tower": tower, "head": head})
+    original = {name: value.clone() for name, value in model.state_dict().items()}
     history = []
     for phase, layers, source, epochs in (
-        ("head", nn.Identity(), Stored(pooled), rates.head_epochs),
+        ("head", nn.Sequential(), Stored(pooled), rates.head_epochs),
         ("tower", tower, inputs, rates.tower_epochs),
     ):
         schedule = Schedule(
             epochs=epochs,
             lr_tower=rates.lr_tower,
             lr_head=rates.lr_head,
+            layer_decay=settings.layer_decay,
+            mse=settings.mse,
+            ema=settings.ema,
             batch_size=settings.batch_size,
             accumulate=settings.accumulate,
             weight_decay=settings.weight_decay,
@@ -350,46 +384,63 @@ def train(
         file = resume / f"{kind}-{phase}.safetensors"
         log = fit(layers, head, source, targets, rows, schedule, device, file, watched, f"{kind}, {phase}")
         history += [{"phase": phase, **entry} for entry in log]
+    if settings.wise < 1:
+        interpolate(model, original, settings.wise)
     return head, pd.DataFrame(history)
 
 
 @torch.no_grad()
 def predict(
-    tower: nn.Module, head: nn.Module, inputs: Inputs, rows: np.ndarray, batch_size: int, device: str
+    tower: nn.Module, head: nn.Module, views: Sequence[Inputs], rows: np.ndarray, batch_size: int, device: str
 ) -> np.ndarray:
-    """Predict `rows`: (m, t) float32, rows of norm 1."""
-    tower.eval()
-    head.eval()
+    """Predict `rows`: (m, t) float32 of norm 1, the mean over the views' predictions, each at norm 1."""
+    tower, head = tower.to(device).eval(), head.to(device).eval()
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    parts = [
-        functional.normalize(head(tower(x.to(device))).float()).cpu().numpy() for x in inputs.batches(batches, None)
-    ]
+    parts = []
+    for inputs in zip(*(view.batches(batches, None) for view in views), strict=True):
+        found = [functional.normalize(head(tower(x.to(device))).float()) for x in inputs]
+        parts.append(functional.normalize(sum(found)).cpu().numpy() if len(found) > 1 else found[0].cpu().numpy())
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
 
 def _save(
-    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, history: list
+    path: Path,
+    model: nn.Module,
+    average: ModelEmaV3 | None,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    history: list,
 ) -> None:
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    if average:
+        tensors |= {f"average.{name}": value.contiguous() for name, value in average.module.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
     with whole(path) as aside:
         save_file(tensors, aside, {"history": json.dumps(history), "scaler": json.dumps(scaler.state_dict())})
 
 
-def _load(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> list:
-    weights: dict[str, Tensor] = {}
+def _load(
+    path: Path,
+    model: nn.Module,
+    average: ModelEmaV3 | None,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> list:
+    weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             kind, _, rest = name.partition(".")
-            if kind == "model":
-                weights[rest] = file.get_tensor(name)
-            else:
+            if kind == "optimiser":
                 index, _, key = rest.partition(".")
                 state.setdefault(int(index), {})[key] = file.get_tensor(name)
+            else:
+                weights[kind][rest] = file.get_tensor(name)
         metadata = file.metadata()
-    model.load_state_dict(weights)
+    model.load_state_dict(weights["model"])
+    if average:
+        average.module.load_state_dict(weights["average"])
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     scaler.load_state_dict(json.loads(metadata["scaler"]))
     return json.loads(metadata["history"])

