@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 # A copy of the project (`dvc exp run --temp`, a worktree) must run its own library.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -37,7 +40,7 @@ def run(stage: Callable[[Params], None]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     name = Path(sys.argv[0]).stem
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_die_with_parents, daemon=True).start()
     Path("outputs").mkdir(exist_ok=True)
     start = time.monotonic()
     with Path("outputs/.lock").open("w") as lock:
@@ -49,11 +52,29 @@ def run(stage: Callable[[Params], None]) -> None:
             if os.environ.get("IMG2PROMPT_DEBUG"):
                 raise
             sys.exit(f"error in {name}: {error}\n(IMG2PROMPT_DEBUG=1 shows where)")
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted; `dvc repro` goes on from here", file=sys.stderr)
+            sys.exit(130)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(f"{name}: {time.monotonic() - start:.0f} s, peak {peak / 2**20:.2f} GB", flush=True)
 
 
-def _die_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
+def _parents() -> list[int]:
+    """The process that started this one, and where that is only a shell between, the one that started the shell."""
+    parent = psutil.Process().parent()
+    if parent is None:
+        return []
+    with contextlib.suppress(psutil.Error):
+        if parent.name().endswith("sh") and "-c" in parent.cmdline():
+            return [parent.pid, parent.ppid()]
+    return [parent.pid]
+
+
+PARENTS = _parents()  # before the slow imports: dvc may be killed while they go on
+
+
+def _die_with_parents() -> None:
+    """End this process when dvc is gone: nobody else would, and the next `dvc repro` starts the stage again."""
+    while _parents() == PARENTS:
         time.sleep(0.5)
     os._exit(1)

@@ -1,11 +1,12 @@
 """clip: one open_clip folder, whether from the sample, a hub or a disk."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from img2prompt import sample_clip
+from img2prompt import render, sample_clip
 from img2prompt.clip import materialise
 from img2prompt.device import device
 from img2prompt.encoder import Encoder
@@ -13,7 +14,7 @@ from img2prompt.params import Params
 from img2prompt.pictures import open_picture
 from img2prompt.sample import apart, draw
 from img2prompt.sources import read_rows
-from img2prompt.storage import whole_folder
+from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
 
@@ -48,7 +49,12 @@ def main(params: Params) -> None:
         encode, sample = Encoder(params.embed_prompts.model, where), section.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
         own = spread(pictures, 2000)  # enough for principal components
-        built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where)
+        code = [Path(file) for file in (sample_clip.__file__, render.__file__)]
+        wanted = repr([(folder.name, *sample_of) for folder, sample_of in samples.items()])
+        scenes, table = "\n".join(map(repr, pairs)), Path("outputs/prepare/train.parquet")
+        resume = resume_folder("clip", sample.model_dump_json(), f"{wanted} {where}", scenes, table, *code)
+        built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
+    shutil.rmtree(RESUME / "clip")
     for folder, recall in built.items():
         print(f"clip {folder.name}, held-out pairs: {recall}")
 

@@ -1,35 +1,48 @@
 """embed_prompts: the targets, one 384-d sentence embedding a prompt, and those of augmented prompts."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 
+from img2prompt import encoder
 from img2prompt.device import device
 from img2prompt.encoder import Encoder
 from img2prompt.params import Params
 from img2prompt.prompt_augmentation import augment_prompt, thesaurus
 from img2prompt.sources import read_rows
-from img2prompt.storage import whole_folder
+from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
 
 def main(params: Params) -> None:
-    """Write train.npy (n, 384), test.npy (m, 384) or (0, 384) with prompts unknown, augmented.npy (copies, n, 384)."""
-    section = params.embed_prompts
-    train, test = (read_rows(Path(f"outputs/prepare/{split}.parquet")) for split in ("train", "test"))
-    encode = Encoder(section.model, device())
+    """Write train.npy (n, 384), test.npy (m, 384) or (0, 384) with prompts unknown, augmented.npy (copies, n, 384).
+
+    texts.npy (t, 384) is of the prompts without pictures.
+    """
+    section, where = params.embed_prompts, device()
+    train, test, texts = (
+        read_rows(Path(f"outputs/prepare/{name}.parquet"), ["prompt"]).prompt for name in ("train", "test", "texts")
+    )
+    encode = Encoder(section.model, where)
     copies = []
     if section.augmented:
         source, synonyms = thesaurus()
         print(f"synonyms: {source}")
         for copy in range(section.augmented):
             rng = np.random.default_rng(copy)
-            copies.append([augment_prompt(p, rng, synonyms, section.replace, section.shuffle) for p in train.prompt])
+            copies.append([augment_prompt(p, rng, synonyms, section.replace, section.shuffle) for p in train])
+    parts = {"train": train, "test": test if test.notna().all() else [], "texts": texts}
+    parts |= {f"copy {number}": copy for number, copy in enumerate(copies)}
+    key = [section.model, where, Path(encoder.__file__), *("\0".join(prompts) for prompts in parts.values())]
+    resume = resume_folder("embed_prompts", *key)
+    found = {name: encode(prompts, resume=resume / name) for name, prompts in parts.items()}
     with whole_folder(Path("outputs/embed_prompts")) as out:
-        targets = encode(train.prompt)
-        np.save(out / "train.npy", targets)
-        np.save(out / "augmented.npy", np.array([encode(c) for c in copies]).reshape(-1, *targets.shape))
-        np.save(out / "test.npy", encode(test.prompt if test.prompt.notna().all() else []))
+        for name in ("train", "test", "texts"):
+            np.save(out / f"{name}.npy", found[name])
+        augmented = np.array([found[f"copy {number}"] for number in range(len(copies))], np.float32)
+        np.save(out / "augmented.npy", augmented.reshape(-1, *found["train"].shape))
+    shutil.rmtree(RESUME / "embed_prompts")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """prepare: one table of pictures and prompts for train and one for test; what cannot be used is set aside."""
 
+from contextlib import closing
 from pathlib import Path
 
-import pandas as pd
 from joblib import Parallel, delayed
 
 from img2prompt.device import device
@@ -12,52 +12,63 @@ from img2prompt.params import Params
 from img2prompt.pictures import pack
 from img2prompt.progress import progress
 from img2prompt.render import jpeg
-from img2prompt.sample import Row, apart, draw, generate
-from img2prompt.sources import SET_ASIDE, Rows, join, read_test, read_train, write_rows
+from img2prompt.sample import Row as Drawn
+from img2prompt.sample import apart, draw, generate
+from img2prompt.sources import Batch, Quarantine, Row, is_texts, read, read_rows, read_texts, write_rows, write_texts
 from img2prompt.storage import digest, whole_folder
 from pipelines import run
 
 OUT = Path("outputs/prepare")
 
 
-def render(rows: list[Row], split: str, folder: Path) -> Rows:
+def render(rows: list[Drawn], split: str, folder: Path) -> list[Batch]:
     """The sample's rows, their pictures in one tar."""
     jobs = Parallel(n_jobs=-1, return_as="generator")(delayed(jpeg)(row.scene) for row in rows)
     ids = [f"{number:06d}" for number in range(len(rows))]
     pictures = progress(jobs, f"drawing {split} pictures", len(rows), "picture")
     tar = f"{split}.tar"
     spans = pack(folder / tar, [f"{name}.jpg" for name in ids], pictures)
-    places = [f"{OUT / tar}{span}" for span in spans]
-    table = pd.DataFrame({"id": ids, "source": "sample", "picture": places, "prompt": [row.prompt for row in rows]})
-    return Rows(table, pictures=digest(folder / tar))
+    table = [
+        Row(name, "sample", f"{OUT / tar}{span}", row.prompt) for name, span, row in zip(ids, spans, rows, strict=True)
+    ]
+    return [Batch(table, [], digest(folder / tar).encode())]
 
 
 def main(params: Params) -> None:
-    """Write {train,test}.parquet, quarantine.csv, examples.jpg and, for the sample, {train,test}.tar."""
+    """Write {train,test,texts}.parquet, quarantine.csv, examples.jpg and, for the sample, {train,test}.tar."""
     section = params.prepare
-    sample = section.sample
-    with whole_folder(OUT) as out:
-        drawn = generate(sample.n_train, sample.seed) if "sample" in section.train else []
-        sources = [
-            render(drawn, "train", out) if name == "sample" else read_train(Path(name)) for name in section.train
-        ]
-        train = join(sources)
-        if section.test == "sample":
-            # No test prompt may be nearly a train prompt, nor may what of it can be seen.
-            encode = Encoder(params.embed_prompts.model, device())
-            near = [encode(train.table.prompt), encode([row.visible for row in drawn])]
-            candidates = draw(sample.seed, stream=1)
-            test = render(apart(candidates, sample.n_test, near, encode), "test", out)
-        else:
-            test = read_test(Path(section.test))
-        write_rows(out / "train.parquet", train)
-        write_rows(out / "test.parquet", test)
+    sample, limit = section.sample, section.max_quarantined
+    drawn = generate(sample.n_train, sample.seed) if "sample" in [source.path for source in section.train] else []
+    texts = [source for source in section.train if is_texts(source)]
+    with whole_folder(OUT) as out, closing(Quarantine(out / "quarantine.csv")) as quarantine:
+        with write_rows(out / "train.parquet", quarantine) as train:
+            for source in section.train:
+                if source.path == "sample":
+                    train.add(render(drawn, "train", out))
+                elif source not in texts:
+                    train.add(read(source, "train", limit))
+        if not train.count:
+            raise ValueError("prepare.train: prompts without pictures only; name a source with pictures too")
+        with write_texts(out / "texts.parquet", quarantine) as more:
+            for source in texts:
+                more.add(read_texts(source, limit))
+        with write_rows(out / "test.parquet", quarantine) as test:
+            if section.test.path == "sample":
+                # No test prompt may be nearly a train prompt, nor may what of it can be seen.
+                encode = Encoder(params.embed_prompts.model, device())
+                known = [read_rows(out / f"{name}.parquet", ["prompt"]).prompt for name in ("train", "texts")]
+                near = [*map(encode, known), encode([row.visible for row in drawn])]
+                candidates = draw(sample.seed, stream=1)
+                test.add(render(apart(candidates, sample.n_test, near, encode), "test", out))
+            else:
+                test.add(read(section.test, "test", limit))
+        examples = read_rows(out / "train.parquet", ["picture", "prompt"], some=18)
         # The sample's tar is still aside.
-        here = train.table.picture.str.replace(f"{OUT}/", f"{out}/", n=1, regex=False)
-        draw_examples(out / "examples.jpg", train.table.assign(picture=here))
-        aside = pd.DataFrame(train.set_aside + test.set_aside, columns=SET_ASIDE)
-        aside.to_csv(out / "quarantine.csv", index=False)
-    print(f"train {len(train.table)}, test {len(test.table)}, set aside {len(aside)}")
+        examples.picture = examples.picture.str.replace(f"{OUT}/", f"{out}/", n=1, regex=False)
+        draw_examples(out / "examples.jpg", examples)
+    print(f"train {train.count}, test {test.count}, prompts without pictures {more.count}")
+    reasons = [f"{count} {reason}" for reason, count in quarantine.counts.most_common()]
+    print("set aside:", ", ".join(reasons) or "nothing")
 
 
 if __name__ == "__main__":

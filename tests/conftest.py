@@ -5,7 +5,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
+
+settings.register_profile("quick", max_examples=40, deadline=None)
+settings.register_profile("long", max_examples=500, deadline=None)
+settings.load_profile("quick")
 
 TINY = {
     "embed_dim": 16,

@@ -133,13 +133,14 @@ def test_a_tower_of_one_size_has_no_other():
         view(clip, "larger")
 
 
-def test_materialised_clip_gives_the_same_embeddings(tiny_clip):
+def test_materialised_clip_gives_the_same_embeddings(tiny_clip, tmp_path):
     model = open_clip.create_model("tiny-vit", pretrained=str(tiny_clip.parent / "weights.pt")).eval()
     clip = load_clip(tiny_clip, "cpu")
     picture = clip.transform(Image.new("RGB", (50, 40), "red"))[None]
     with torch.no_grad():
         assert torch.allclose(clip.model.encode_image(picture), model.encode_image(picture), atol=1e-6)
-    texts = embed_texts(clip, ["a cat", "a dog", "a cat"], 2, "cpu")
+    texts = np.load(embed_texts(clip, ["a cat", "a dog", "a cat"], 2, "cpu", tmp_path / "some"))
+    assert np.load(embed_texts(clip, [], 2, "cpu", tmp_path / "none")).shape == (0, 16)
     assert texts.shape == (3, 16)
     assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
     assert np.allclose(texts[0], texts[2], atol=1e-6)
@@ -160,7 +161,7 @@ def test_unknown_clips_are_named(tmp_path, model, pretrained, message):
         materialise(model, pretrained, None, tmp_path)
 
 
-def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
+def test_contrastive_training_finds_pairs_and_folds_standardisation_in(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
     words = ["cat", "dog", "house", "tree", "car", "boat", "moon", "fish"]
@@ -168,14 +169,14 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
     centres = 3 * torch.randn(8, 1280) + 5
     features = centres[classes] + 0.1 * torch.randn(256, 1280)
     tokens = tokenizer([words[i] for i in classes])
-    sample_clip.train(model, features, tokens, own=features, epochs=25, seed=0)
+    sample_clip.train(model, features, tokens, own=features, epochs=25, seed=0, resume=tmp_path)
     with torch.no_grad():
         images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
         texts = model.encode_text(tokenizer(words), normalize=True)
     assert sample_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
 
 
-def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart():
+def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
     own = 0.01 * torch.randn(600, 1280)
@@ -183,7 +184,7 @@ def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart():
     features = torch.randn(256, 1280)
     features[:, :5] = 0
     tokens = tokenizer(["cat", "dog"] * 128)
-    sample_clip.train(model, features, tokens, own=own, epochs=1, seed=0)
+    sample_clip.train(model, features, tokens, own=own, epochs=1, seed=0, resume=tmp_path)
     with torch.no_grad():
         projected = project(model.visual, own)
     along = torch.corrcoef(torch.cat([own[:, :1], projected], dim=1).T)[0, 1:]
@@ -204,11 +205,43 @@ def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition
     for folder in folders.values():
         folder.mkdir()
     wanted = {folders[name]: (name, 64) for name in folders}
-    together = sample_clip.build(rows, own, wanted, epochs=1, seed=0, device="cpu")
+    together = sample_clip.build(rows, own, wanted, epochs=1, seed=0, device="cpu", resume=tmp_path / "resume")
     assert list(together) == list(folders.values())
     alone = tmp_path / "alone"
     alone.mkdir()
-    sample_clip.build(rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu")
+    sample_clip.build(
+        rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu", resume=tmp_path / "resume alone"
+    )
     both = [folder / "open_clip_model.safetensors" for folder in (alone, folders["lite1"])]
     assert both[0].read_bytes() == both[1].read_bytes()
     assert len(tower(load_clip(folders["lite1"], "cpu").model.visual)) == 23
+
+
+def test_contrastive_training_goes_on_after_a_kill(tmp_path, monkeypatch):
+    features = torch.randn(64, 1280, generator=torch.Generator().manual_seed(0))
+
+    def trained(resume):
+        model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
+        tokens = tokenizer([f"a cat {number}" for number in range(64)])
+        sample_clip.train(model, features, tokens, own=features, epochs=3, seed=0, resume=resume)
+        return model.state_dict()
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    expected = trained(tmp_path / "whole")
+    save, saved = sample_clip._save, []
+
+    def killed(path, *rest):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, *rest)
+
+    monkeypatch.setattr(sample_clip, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed")
+    steps = []
+    monkeypatch.setattr(sample_clip, "_save", lambda path, *rest: steps.append(path.name))
+    found = trained(tmp_path / "killed")
+    assert steps == ["epoch_2.safetensors", "epoch_3.safetensors"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

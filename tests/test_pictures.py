@@ -1,5 +1,6 @@
 import io
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -50,6 +51,39 @@ def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right
     assert decode(encoded(RED, "JPEG", exif=exif)).size == (6, 8)
+
+
+def test_broken_exif_is_no_reason_to_lose_a_picture():
+    data = encoded(RED, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
+    assert decode(data).size == (8, 6)
+
+
+def test_palette_and_sixteen_bit_colour():
+    assert np.allclose(corner(encoded(RED.convert("P"))), [255, 0, 0])
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")  # noqa: E731
+    header = (1).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    pixel = zlib.compress(b"\0\xff\xff\x80\x00\x00\x00")
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+    assert corner(data) == [255, 128, 0]
+
+
+def test_formats_that_run_other_programs_are_refused():
+    with pytest.raises(ValueError, match="none of PNG"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+
+
+def test_an_animated_webp_too():
+    blue = Image.new("RGB", (8, 6), (0, 0, 255))
+    assert np.allclose(corner(encoded(RED, "WEBP", save_all=True, append_images=[blue])), [255, 0, 0], atol=8)
+
+
+def test_no_file_is_too_large_to_be_refused(tmp_path):
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    for reference in (str(path), f"{path}#0+{2**39}"):
+        with pytest.raises(OSError, match="larger than 256 MB"):
+            read_picture(reference)
 
 
 def test_first_frame_of_an_animation():

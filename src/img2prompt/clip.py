@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from img2prompt.progress import progress
+from img2prompt.storage import grow
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,21 @@ def unfrozen(layers: nn.Sequential, count: int) -> nn.Sequential:
     return layers[len(layers) - count :]
 
 
-def embed_texts(clip: Clip, prompts: Sequence[str], batch_size: int, device: str) -> np.ndarray:
-    """CLIP text embeddings C(p): (n, embed_dim) float32, rows of norm 1."""
-    parts = []
-    with torch.no_grad():
-        for start in progress(range(0, len(prompts), batch_size), "CLIP on prompts", unit="batch"):
-            tokens = clip.tokenizer(list(prompts[start : start + batch_size])).to(device)
-            parts.append(clip.model.encode_text(tokens, normalize=True).float().cpu().numpy())
-    return np.concatenate(parts)
+def embed_texts(clip: Clip, prompts: Sequence[str], batch_size: int, device: str, folder: Path) -> Path:
+    """CLIP text embeddings C(p), batch by batch; a killed run goes on from what is in `folder`.
+
+    Returns the .npy file, (n, embed_dim) float32, rows of norm 1.
+    """
+
+    @torch.no_grad()
+    def run(left: Sequence[Sequence[str]]) -> Iterator[dict[str, np.ndarray]]:
+        for batch in progress(left, "CLIP on prompts", unit="batch"):
+            tokens = clip.tokenizer(list(batch)).to(device)
+            yield {"text": clip.model.encode_text(tokens, normalize=True).float().cpu().numpy()}
+
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    if batches:
+        return grow(folder, batches, run)["text"]
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "text.npy", next(run([["no prompt"]]))["text"][:0])
+    return folder / "text.npy"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 
 from img2prompt.progress import progress
+from img2prompt.storage import grow
 
 EMBEDDED = "all-MiniLM-L6-v2"
 
@@ -31,11 +32,11 @@ class Encoder:
             name = str(get_model_path())
         self._model = SentenceTransformer(name, device=device).eval()
 
-    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    def __call__(self, texts: Sequence[str], batch_size: int = 64, resume: Path | None = None) -> np.ndarray:
         """Embed texts: (n, d) float32, rows of norm 1, in fp32 because they decide what is a duplicate.
 
         Batches hold texts of one length in tokens, so that nothing is spent on padding and a text's
-        embedding does not depend on a longer neighbour.
+        embedding does not depend on a longer neighbour. A killed run goes on from what is in the folder `resume`.
         """
         distinct = list(dict.fromkeys(texts))
         if not distinct:
@@ -48,15 +49,24 @@ class Encoder:
             for rows in [np.flatnonzero(lengths == length)]
             for start in range(0, len(rows), batch_size)
         ]
-        with torch.inference_mode(), progress(None, "embedding prompts", len(distinct), "prompt") as bar:
-            for rows in batches:
-                features = self._model.preprocess([distinct[row] for row in rows])
-                features = batch_to_device(features, self._model.device)
-                output = self._model(features)["sentence_embedding"].float()
-                embeddings[rows] = torch.nn.functional.normalize(output).cpu().numpy()
-                bar.update(len(rows))
+        if resume is None:
+            found = np.concatenate([result["prompts"] for result in self._embed(distinct, batches)])
+        else:
+            files = grow(resume, batches, lambda left: self._embed(distinct, left))
+            found = np.load(files["prompts"])
+        embeddings[np.concatenate(batches)] = found
         place = {text: row for row, text in enumerate(distinct)}
         return embeddings[[place[text] for text in texts]]
+
+    @torch.inference_mode()
+    def _embed(self, texts: list[str], batches: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        with progress(None, "embedding prompts", sum(map(len, batches)), "prompt") as bar:
+            for rows in batches:
+                features = self._model.preprocess([texts[row] for row in rows])
+                features = batch_to_device(features, self._model.device)
+                output = self._model(features)["sentence_embedding"].float()
+                yield {"prompts": torch.nn.functional.normalize(output).cpu().numpy()}
+                bar.update(len(rows))
 
     def _lengths(self, texts: list[str]) -> np.ndarray:
         return np.concatenate(

@@ -8,7 +8,6 @@ from pathlib import Path
 import albumentations
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +17,7 @@ from img2prompt.clip import Clip, project, tower, unfrozen, view
 from img2prompt.params import Augmentation
 from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
+from img2prompt.storage import grow
 
 
 class Pictures(Dataset):
@@ -99,17 +99,17 @@ def embed_pictures(
     batch_size: int,
     device: str,
     folder: Path,
-    split: str,
+    what: str,
     keep: int,
     seen: str = "plain",
-) -> None:
-    """Run CLIP's image tower over a view of the pictures and write, row by row, as .npy files of `folder`:
+) -> dict[str, Path]:
+    """Run CLIP's image tower over a view of the pictures; a killed run goes on from what is in `folder`.
 
-    - `{split}_image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
-    - `{split}_pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
-    - `{split}_frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
+    Returns the .npy files by name:
 
-    Of other views than the plain one they are called `{split}_{seen}_image` and so on.
+    - `image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
+    - `pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
+    - `frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
 
     Raises:
         ValueError: the tower has fewer than `keep` layers or no such view, or a picture cannot be decoded.
@@ -121,21 +121,16 @@ def embed_pictures(
     rows = [
         np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
     ]
-    files: dict[str, np.memmap] = {}
     cuda = torch.device(device).type == "cuda"
-    batches = progress(pictures.batches(rows), f"CLIP on {stem(split, seen)} pictures", len(rows), "batch")
-    # no_grad and not inference_mode: under autocast the latter casts attention's weights again for every call.
-    for batch, x in zip(rows, batches, strict=True):
-        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
-            handed = frozen(x.to(device, memory_format=torch.channels_last))
-            pooled = last(handed).float()
-            image = functional.normalize(project(clip.model.visual, pooled).float())
-        outputs = {"image": image, "pooled": pooled} | ({"frozen": handed.half()} if keep else {})
-        for name, value in outputs.items():
-            array = value.cpu().numpy()
-            if name not in files:
-                path = folder / f"{stem(split, seen)}_{name}.npy"
-                files[name] = open_memmap(path, "w+", array.dtype, (len(references), *array.shape[1:]))
-            files[name][batch] = array
-    for file in files.values():
-        file.flush()
+
+    def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        for x in progress(pictures.batches(list(left)), f"CLIP on {what}", len(left), "batch"):
+            # no_grad and not inference_mode: under autocast the latter casts attention's weights again for every call.
+            with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
+                handed = frozen(x.to(device, memory_format=torch.channels_last))
+                pooled = last(handed).float()
+                image = functional.normalize(project(clip.model.visual, pooled).float())
+            outputs = {"image": image, "pooled": pooled} | ({"frozen": handed.half()} if keep else {})
+            yield {name: value.cpu().numpy() for name, value in outputs.items()}
+
+    return grow(folder, rows, run)

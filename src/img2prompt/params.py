@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -29,16 +30,36 @@ class Sample(Section):
     seed: Seed
 
 
+def _path_alone(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Source(Section):
+    """`sample`, a folder or a file; and the columns of its table, where they have other names than the usual."""
+
+    path: Annotated[str, Field(min_length=1)]
+    picture: str | None = None
+    prompt: str | None = None
+    fold: str | None = None
+
+    @model_validator(mode="after")
+    def _sample_has_no_columns(self) -> Self:
+        if self.path == "sample" and (self.picture or self.prompt or self.fold):
+            raise ValueError("`sample` has no columns to name; a folder of that name is ./sample")
+        return self
+
+
 class Prepare(Section):
     """Where pictures and prompts come from."""
 
-    train: Annotated[list[str], Field(min_length=1)]
-    test: str
+    train: Annotated[list[Annotated[Source, BeforeValidator(_path_alone)]], Field(min_length=1)]
+    test: Annotated[Source, BeforeValidator(_path_alone)]
+    max_quarantined: Share
     sample: Sample
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if len(set(self.train)) < len(self.train):
+        if len({os.path.normpath(source.path) for source in self.train}) < len(self.train):
             raise ValueError("train names a source twice")
         return self
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
+import stat
 import tarfile
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,6 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # A reference is a file's path, or `file#offset+size`: bytes inside a larger file, such as a tar's member.
+SPAN = re.compile(r"\d+\+\d+")
+MAX_BYTES = 2**28  # no picture, whatever its name says
+# Not all that Pillow knows: some formats run other programs or fetch what they refer to.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 def read_picture(reference: str) -> bytes:
@@ -20,15 +27,26 @@ def read_picture(reference: str) -> bytes:
         OSError: the file is missing or shorter than the reference says.
     """
     path, mark, span = reference.rpartition("#")
-    if not mark or Path(reference).is_file():
-        return Path(reference).read_bytes()
+    if not mark or not SPAN.fullmatch(span) or Path(reference).is_file():
+        return _read_file(Path(reference))
     offset, size = map(int, span.split("+"))
+    if size > MAX_BYTES:
+        raise OSError(f"{reference}: larger than {MAX_BYTES >> 20} MB")
     with Path(path).open("rb") as file:
         file.seek(offset)
         data = file.read(size)
     if len(data) < size:
         raise OSError(f"{reference}: the file ends after {len(data)} of {size} bytes")
     return data
+
+
+def _read_file(path: Path) -> bytes:
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
+        raise OSError(f"{path}: no regular file")
+    if about.st_size > MAX_BYTES:
+        raise OSError(f"{path}: larger than {MAX_BYTES >> 20} MB")
+    return path.read_bytes()
 
 
 def decode(data: bytes) -> Image.Image:
@@ -42,11 +60,12 @@ def decode(data: bytes) -> Image.Image:
             # Pillow warns at 89 million pixels and refuses at twice that; a bomb is a bomb.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # oddities of metadata
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
             picture.load()
-            picture = ImageOps.exif_transpose(picture)
+            with contextlib.suppress(Exception):  # broken EXIF is no reason to lose a picture
+                picture = ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
-        raise ValueError("UnidentifiedImageError: no picture in a format that Pillow reads") from None
+        raise ValueError(f"UnidentifiedImageError: none of {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if picture.mode.startswith(("I", "F")):

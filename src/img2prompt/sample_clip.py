@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import open_clip
 import torch
 from joblib import Parallel, delayed
@@ -13,6 +17,7 @@ from open_clip.loss import ClipLoss
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from img2prompt.clip import project, save_clip, tower
@@ -20,7 +25,9 @@ from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
 from img2prompt.render import render
 from img2prompt.sample import Row
+from img2prompt.storage import grow, whole
 
+T = TypeVar("T")
 TOWERS = ("lite0", "lite1", "lite2")  # of timm's tf_efficientnet_*; of each, a pip package has the weights
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
@@ -76,7 +83,9 @@ def untrained(name: str, seed: int, size: int) -> tuple[nn.Module, open_clip.tok
     return model.eval(), open_clip.SimpleTokenizer(context_length=settings["text_cfg"]["context_length"])
 
 
-def train(model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epochs: int, seed: int) -> None:
+def train(
+    model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epochs: int, seed: int, resume: Path
+) -> None:
     """Train the text transformer and the image projection with CLIP's contrastive loss, the tower frozen.
 
     Args:
@@ -86,6 +95,7 @@ def train(model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epoch
         own: (m, 1280) float32, the same of pictures of the competition; their prompts are not asked for.
         epochs: passes over the pairs.
         seed: of the order of the pairs.
+        resume: folder of the last finished epoch, where a killed run goes on.
     """
     mean, std = own.mean(0), own.std(0) + 1e-6
     features, own = (features - mean) / std, (own - mean) / std
@@ -107,10 +117,17 @@ def train(model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epoch
     loss = ClipLoss()
     generator = torch.Generator().manual_seed(seed)
     model.train()
+    orders = [torch.randperm(len(features), generator=generator).split(batch)[: steps // epochs] for _ in range(epochs)]
+    trained = [parameter for group in groups for parameter in group["params"]]
+    files = [resume / f"epoch_{number}.safetensors" for number in range(1, epochs + 1)]
+    done = max((number for number, file in enumerate(files, start=1) if file.is_file()), default=0)
+    if done:
+        _load(files[done - 1], trained, optimiser, schedule)
     with progress(None, "training the sample's CLIP", steps, "step") as bar:
-        for _ in range(epochs):
+        bar.update(done * (steps // epochs))
+        for file, order in list(zip(files, orders, strict=True))[done:]:
             # Whole batches only: a contrastive loss over a few pairs is another task.
-            for rows in torch.randperm(len(features), generator=generator).split(batch)[: steps // epochs]:
+            for rows in order:
                 images = nn.functional.normalize(projection(features[rows]), dim=-1)
                 texts = model.encode_text(tokens[rows], normalize=True)
                 optimiser.zero_grad()
@@ -119,10 +136,42 @@ def train(model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epoch
                 schedule.step()
                 model.logit_scale.data.clamp_(0, 4.6052)  # CLIP's bound: a scale of 100
                 bar.update()
+            _save(file, trained, optimiser)
+            for former in files[: files.index(file)]:
+                former.unlink(missing_ok=True)
     model.eval()
     with torch.no_grad():
         projection.weight.div_(std)
         projection.bias.sub_(projection.weight @ mean)
+
+
+def _save(path: Path, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    tensors = {f"{index}": parameter.detach().contiguous() for index, parameter in enumerate(trained)}
+    for index, parameter in enumerate(trained):
+        tensors |= {f"{index}.{name}": value.contiguous() for name, value in optimiser.state[parameter].items()}
+    with whole(path) as aside:
+        save_file(tensors, aside)
+
+
+def _load(
+    path: Path,
+    trained: list[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    for name, value in load_file(path).items():
+        index, _, key = name.partition(".")
+        parameter = trained[int(index)]
+        if not key:
+            parameter.data.copy_(value)
+        else:
+            optimiser.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+    # The rates are those of the step, as if it had been reached from the first.
+    steps = int(optimiser.state[trained[0]]["step"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimiser has not stepped
+        for _ in range(steps):
+            schedule.step()
 
 
 def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> dict[str, float]:
@@ -133,22 +182,42 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
 
 
 def pooled_features(
-    visuals: Sequence[nn.Module], pictures: Iterable[Image.Image], count: int, what: str, device: str
+    visuals: Sequence[nn.Module],
+    items: Sequence[T],
+    picture: Callable[[T], Image.Image],
+    what: str,
+    device: str,
+    resume: Path,
 ) -> list[Tensor]:
-    """What each tower makes of `count` pictures: (count, d) float32 each. `what` names the progress bar."""
+    """What each tower makes of the items' pictures: (n, d) float32 each.
+
+    Args:
+        visuals: the image towers.
+        items: what pictures are made from.
+        picture: makes one, in a process of its own.
+        what: named by the progress bar.
+        device: a torch device.
+        resume: folder from which a killed run goes on.
+    """
     towers = [tower(visual).to(device, memory_format=torch.channels_last) for visual in visuals]
     transforms = [image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False) for visual in visuals]
-    parts: list[list[Tensor]] = [[] for _ in towers]
-    batch: list[Image.Image] = []
-    with torch.no_grad():
-        for number, picture in enumerate(progress(pictures, what, count, "picture"), start=1):
-            batch.append(picture)
-            if len(batch) == 64 or number == count:
-                for layers, transform, features in zip(towers, transforms, parts, strict=True):
-                    x = torch.stack([transform(seen) for seen in batch])
-                    features.append(layers(x.to(device, memory_format=torch.channels_last)).float())
-                batch.clear()
-    return [torch.cat(features) for features in parts]
+
+    @torch.no_grad()
+    def pool(left: Sequence[Sequence[T]]) -> Iterator[dict[str, np.ndarray]]:
+        items = [item for batch in left for item in batch]
+        made = Parallel(n_jobs=-1, return_as="generator")(delayed(picture)(item) for item in items)
+        pictures = iter(progress(made, what, len(items), "picture"))
+        for batch in left:
+            seen = list(itertools.islice(pictures, len(batch)))
+            inputs = [torch.stack([transform(picture) for picture in seen]) for transform in transforms]
+            features = [
+                layers(x.to(device, memory_format=torch.channels_last))
+                for layers, x in zip(towers, inputs, strict=True)
+            ]
+            yield {str(number): x.float().cpu().numpy() for number, x in enumerate(features)}
+
+    files = grow(resume, [items[start : start + 64] for start in range(0, len(items), 64)], pool)
+    return [torch.from_numpy(np.load(files[str(number)])).to(device) for number in range(len(towers))]
 
 
 def build(
@@ -158,6 +227,7 @@ def build(
     epochs: int,
     seed: int,
     device: str,
+    resume: Path,
 ) -> dict[Path, dict[str, float]]:
     """Train the sample's CLIPs on rows of the sample and write each as an open_clip folder.
 
@@ -168,6 +238,7 @@ def build(
         epochs: passes over the pairs.
         seed: of weights and order.
         device: a torch device.
+        resume: folder from which a killed run goes on.
 
     Returns:
         R@1 and R@10 among the held-out pairs, by folder.
@@ -175,11 +246,10 @@ def build(
     models = [untrained(name, seed, size) for name, size in wanted.values()]
     visuals = [model.visual for model, _ in models]
     widest = max(size for _, size in wanted.values())
-    jobs = Parallel(n_jobs=-1, return_as="generator")
-    read = jobs(delayed(open_picture)(reference) for reference in pictures)
-    own = pooled_features(visuals, read, len(pictures), "reading pictures", device)
-    drawn = jobs(delayed(render)(row.scene, widest) for row in rows)
-    pooled = pooled_features(visuals, drawn, len(rows), "drawing pairs", device)
+    own = pooled_features(visuals, pictures, open_picture, "reading pictures", device, resume / "own")
+    pooled = pooled_features(
+        visuals, rows, lambda row: render(row.scene, widest), "drawing pairs", device, resume / "pairs"
+    )
     held_out = min(1000, len(rows) // 10)
     recall = {}
     for (folder, (name, size)), (model, tokenizer), features, seen in zip(
@@ -187,7 +257,7 @@ def build(
     ):
         model.to(device)
         tokens = tokenizer([row.prompt for row in rows]).to(device)
-        train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed)
+        train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed, resume / folder.name)
         with torch.no_grad():
             images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
             recall[folder] = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))

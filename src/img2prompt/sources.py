@@ -2,187 +2,291 @@
 
 from __future__ import annotations
 
-import difflib
+import csv
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import Parallel, delayed
 
+from img2prompt.layouts import Entry, Layout, recognise
+from img2prompt.params import Source
 from img2prompt.pictures import decode, read_picture
 from img2prompt.progress import progress
-from img2prompt.storage import digest
 
-ROW = ["id", "source", "picture", "prompt"]
-SET_ASIDE = ["split", "source", "row", "id", "reason", "fix"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-@dataclass
-class Rows:
-    """A split's rows: `id, source, picture, prompt`, all text.
-
-    `prompt` is null where it is unknown, `picture` where a test picture cannot be read. `set_aside` holds
-    what cannot be used, `pictures` the digest of every picture's bytes.
-    """
-
-    table: pd.DataFrame
-    set_aside: list[dict[str, object]] = field(default_factory=list)
-    pictures: str = ""
+TEXTS = pa.schema(dict.fromkeys(("id", "source", "prompt"), pa.string()))
+ROWS = pa.schema(dict.fromkeys(("id", "source", "picture", "prompt"), pa.string()) | {"fold": pa.int64()})
+# A test row stays for these, without its picture, and they do not count towards the limit.
+PICTURE_REASONS = frozenset({"outside the folder", "missing picture", "unreadable picture", "not downloaded"})
+CHUNK = 64  # rows that a thread checks at a time
+GROUP = 8192  # rows of parquet that are held before they are written
 
 
-def read_train(folder: Path) -> Rows:
-    """Read the usable rows of a Kaggle-layout folder: those with a readable picture and a prompt.
+class Row(NamedTuple):
+    """A usable row. `prompt` is None where it is unknown, `picture` where a test picture cannot be read."""
+
+    id: str
+    source: str
+    picture: str | None
+    prompt: str | None
+    fold: int | None = None
+
+
+class SetAside(NamedTuple):
+    """A row that cannot be used, a line of quarantine.csv; `reason` is a key of `layouts.REASONS`."""
+
+    split: str
+    source: str
+    row: int
+    id: str
+    reason: str
+    fix: str
+
+
+class Batch(NamedTuple):
+    """Some rows of a source, and the digest of their pictures' bytes."""
+
+    rows: list[Row]
+    set_aside: list[SetAside]
+    pictures: bytes = b""
+
+
+class Quarantine:
+    """quarantine.csv, written as rows are set aside, and how many there are of each reason."""
+
+    def __init__(self, path: Path) -> None:
+        # What is no UTF-8 must still be listed.
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+        self._file.write(f"{','.join(SetAside._fields)}\n")
+        # Quoted even where the csv module sees no need: it overlooks a lone carriage return.
+        self._csv = csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        self.counts: Counter[str] = Counter()
+
+    def add(self, rows: Iterable[SetAside]) -> None:
+        """List rows."""
+        for row in rows:
+            self._csv.writerow(row)
+            self.counts[row.reason] += 1
+
+    def close(self) -> None:
+        """Make the file whole."""
+        self._file.close()
+
+
+def read(source: Source, split: str, max_quarantined: float = 1.0) -> Iterator[Batch]:
+    """Read the rows of a source, whatever its layout; every picture is decoded once.
+
+    For `train` a row needs a picture that can be read and a prompt. For `test` every id stays, in the
+    source's order. Memory holds the ids, and of all else a few hundred rows.
 
     Raises:
-        FileNotFoundError, ValueError: the folder lacks its files or columns, or nothing is usable.
+        FileNotFoundError, ValueError: the source is in no known layout, nothing in it can be used, more than the
+            share `max_quarantined` of its rows is set aside (pictures of `test` not counted), or it has no pictures.
     """
-    rows = _check_pictures(_read_folder(folder, "train"), "train")
-    if rows.table.empty:
-        reasons = "; ".join(f"{row['id']}: {row['reason']}" for row in rows.set_aside[:10]) or "it is empty"
-        raise ValueError(f"{folder}: no usable row ({reasons})")
-    return rows
+    layout = recognise(source, split)
+    if layout.texts:
+        raise ValueError(f"{source.path}: prompts without pictures; prepare.{split} needs pictures")
+    screened = progress(_screen(layout, split), f"reading {source.path}", layout.count(), "row")
+    yield from _within(_parallel(screened, source.path, split), source, split, max_quarantined)
 
 
-def read_test(folder: Path) -> Rows:
-    """Read a Kaggle-layout folder to be predicted: no row is dropped, `sample_submission.csv` gives the order.
+def read_texts(source: Source, max_quarantined: float = 1.0) -> Iterator[Batch]:
+    """Read prompts without pictures, each distinct one once; repeated ones are not set aside.
 
     Raises:
-        FileNotFoundError, ValueError: the folder lacks its files or columns, or holds no picture.
+        FileNotFoundError, ValueError: as `read`.
     """
-    rows = _check_pictures(_read_folder(folder, "test"), "test")
-    if rows.table.empty:
-        raise ValueError(f"{folder}: no picture to predict; put them in {folder / 'images'}")
-    return rows
+    layout = recognise(source, "train")
+    screened = progress(_screen(layout, "train"), f"reading {source.path}", layout.count(), "row")
+    yield from _within(_distinct(screened, source.path), source, "train", max_quarantined)
 
 
-def join(parts: Sequence[Rows]) -> Rows:
-    """Several sources as one, in order."""
-    return Rows(
-        pd.concat([part.table for part in parts], ignore_index=True),
-        [row for part in parts for row in part.set_aside],
-        digest(*(part.pictures for part in parts)),
-    )
+def is_texts(source: Source) -> bool:
+    """Whether a source holds prompts without pictures."""
+    return source.path != "sample" and recognise(source, "train").texts
 
 
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write the table as parquet.
+@contextmanager
+def write_rows(path: Path, quarantine: Quarantine) -> Iterator[Writer]:
+    """Open a table of rows to write, whose parquet file is whole at the end of the block.
 
     The pictures' digest stands in the file's metadata: pictures that change under the same names change
     the file, and with it every later stage.
     """
-    table = pa.Table.from_pandas(
-        rows.table, schema=pa.schema([(name, pa.string()) for name in ROW]), preserve_index=False
-    )
-    pq.write_table(table.replace_schema_metadata({"pictures_sha256": rows.pictures}), path)
+    with pq.ParquetWriter(path, ROWS) as file:
+        writer = Writer(file, quarantine)
+        yield writer
+        writer.flush(0)
+        file.add_key_value_metadata({"pictures_sha256": writer.pictures.hexdigest()})
 
 
-def read_rows(path: Path) -> pd.DataFrame:
-    """Read a table that `write_rows` wrote; unknown prompts and pictures are None."""
-    table = pq.read_table(path).to_pandas()
+@contextmanager
+def write_texts(path: Path, quarantine: Quarantine) -> Iterator[Writer]:
+    """Open a table of prompts without pictures to write."""
+    with pq.ParquetWriter(path, TEXTS) as file:
+        writer = Writer(file, quarantine)
+        yield writer
+        writer.flush(0)
+
+
+class Writer:
+    """A parquet table of rows that is written as they come."""
+
+    def __init__(self, file: pq.ParquetWriter, quarantine: Quarantine) -> None:
+        self._file, self._quarantine, self._held = file, quarantine, list[Row]()
+        self.pictures, self.count = hashlib.sha256(), 0
+
+    def add(self, batches: Iterable[Batch]) -> None:
+        """Write what can be used and list what cannot."""
+        for batch in batches:
+            self._held += batch.rows
+            self.count += len(batch.rows)
+            self._quarantine.add(batch.set_aside)
+            self.pictures.update(batch.pictures)
+            if len(self._held) >= GROUP:
+                self.flush(GROUP)
+
+    def flush(self, whole: int) -> None:
+        """Write what is held; with `whole` only groups of that many rows."""
+        while self._held and len(self._held) >= whole:
+            group = self._held[:GROUP]
+            del self._held[:GROUP]
+            columns = dict(zip(Row._fields, zip(*group, strict=True), strict=True))
+            schema = self._file.schema
+            self._file.write_table(pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None, some: int | None = None) -> pd.DataFrame:
+    """Read a table of rows, or some of its columns; unknown prompts, pictures and folds are None.
+
+    With `some` that many rows, evenly spread, some of them twice if there are fewer.
+    """
+    arrow = pq.read_table(path, columns=columns)
+    if some:
+        arrow = arrow.take(np.linspace(0, len(arrow) - 1, some).astype(int))
+    table = arrow.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return table.astype(object).where(table.notna(), None)
 
 
-def _read_folder(folder: Path, split: str) -> Rows:
-    images = folder / "images"
-    if not images.is_dir():
-        raise FileNotFoundError(f"{images}: no such folder; it holds the pictures as ID.png, .jpg, .jpeg or .webp")
-    files: dict[str, str] = {}
-    for file in sorted(images.iterdir()):
-        if file.suffix.lower() in SUFFIXES:
-            files.setdefault(file.stem, file.as_posix())
-    source = folder.as_posix()
-    aside: list[dict[str, object]] = []
-
-    def set_aside(row: int, name: str, reason: str, fix: str) -> None:
-        aside.append(dict(zip(SET_ASIDE, (split, source, row, name, reason, fix), strict=True)))
-
-    asked = _submission_ids(folder / "sample_submission.csv") if split == "test" else {}
-    prompts: dict[str, str] = {}
-    csv = folder / "prompts.csv"
-    if csv.is_file():
-        table = _read_csv(csv, ["imgId", "prompt"])
-        # The header is line 1 of the file, so its first row is row 2 to whoever opens it.
-        for row, (name, prompt) in enumerate(zip(table["imgId"], table["prompt"], strict=True), start=2):
-            if name in prompts:
-                set_aside(row, name, "repeated id", "give each picture one row; the first was kept")
-            elif not prompt.strip():
-                set_aside(row, name, "empty prompt", "write the prompt or delete the row")
-            else:
-                prompts[name] = prompt
-                # A test picture that the submission asks for is reported when pictures are checked.
-                if name not in files and name not in asked:
-                    set_aside(row, name, "missing picture", f"add {images}/{name}.png or delete the row")
-    elif split == "train":
-        raise FileNotFoundError(f"{csv}: no such file; it holds the prompts, with the columns imgId,prompt")
-
-    if split == "train":
-        known = {row["id"] for row in aside}
-        for name in files:
-            if name not in prompts and name not in known:
-                set_aside(0, name, "no prompt", f"add the picture's row to {csv}")
-        ids = [name for name in prompts if name in files]
-    else:
-        ids = list(asked or files)
-    table = pd.DataFrame(
-        [(name, source, files.get(name), prompts.get(name)) for name in ids], columns=ROW, dtype=object
-    )
-    return Rows(table, aside)
+def _screen(layout: Layout, split: str) -> Iterator[Entry]:
+    """What can be said of entries without their pictures: each with a reason is to be set aside."""
+    seen: set[str] = set()
+    for entry in layout.entries():
+        reason, fix = _fault(entry, split, seen)
+        if reason:
+            entry = entry._replace(reason=reason, fix=fix)
+        if entry.reason in ("", *PICTURE_REASONS):
+            seen.add(entry.id)
+        yield entry
 
 
-def _submission_ids(path: Path) -> dict[str, None]:
-    """The ids that a sample submission asks for, in its order; none without the file."""
-    if not path.is_file():
-        return {}
-    return dict.fromkeys(_read_csv(path, ["imgId_eId"])["imgId_eId"].str.rpartition("_")[0])
-
-
-def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    # Text only: the id 001 is not 1, and a prompt that reads NA is a prompt.
+def _fault(entry: Entry, split: str, seen: set[str]) -> tuple[str, str]:
+    if entry.reason and entry.reason not in PICTURE_REASONS:
+        return entry.reason, entry.fix
+    if not entry.id.strip():
+        return "empty id", "name the picture, or delete the row"
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    for column in columns:
-        if column not in table:
-            near = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.4)
-            hint = f"; rename {near[0]!r}" if near else ""
-            raise ValueError(f"{path}: no column {column!r} among {list(table.columns)}{hint}")
-    return table
+        "\0".join(filter(None, (entry.id, entry.picture, entry.prompt))).encode()
+    except UnicodeEncodeError:
+        return "not UTF-8", "save the table as UTF-8 and give the file a name in UTF-8"
+    if entry.id in seen:
+        return "repeated id", "give each picture one row and a name of its own; the first was kept"
+    if split == "test" or entry.reason:
+        return entry.reason, entry.fix
+    if _is_blank(entry.prompt):
+        return "empty prompt", "write the prompt or delete the row"
+    if entry.fold and not (entry.fold.strip().isascii() and entry.fold.strip().isdigit()):
+        return "bad fold", f"write a whole number from 0 on, or nothing, instead of {entry.fold!r}"
+    return "", ""
 
 
-def _check_pictures(rows: Rows, split: str) -> Rows:
-    """Decode every picture once: unreadable ones are set aside (train) or left without picture (test)."""
+def _is_blank(prompt: str | None) -> bool:
+    """Whether nothing in a prompt shows: it is white space and control characters."""
+    return prompt is None or not any(c.isprintable() and not c.isspace() for c in prompt)
 
-    def check(reference: str | None) -> tuple[bytes, str]:
-        if reference is None:
-            return b"", "missing picture"
-        try:
-            data = read_picture(reference)
-            decode(data)
-        except (OSError, ValueError) as error:
-            return b"", f"unreadable picture: {error}"
-        return hashlib.sha256(data).digest(), ""
 
-    table = rows.table
-    # Threads: Pillow decodes outside the interpreter lock.
-    jobs = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(map(delayed(check), table["picture"]))
-    total, reasons = hashlib.sha256(), []
-    for sha, reason in progress(jobs, f"checking {split} pictures", len(table), "picture"):
-        total.update(sha)
-        reasons.append(reason)
-    bad = pd.Series(reasons, index=table.index, dtype=object)
-    for index in table.index[bad != ""]:
-        reason, _, detail = bad[index].partition(": ")
-        fix = f"replace {table.at[index, 'picture']} ({detail})" if detail else "add the picture"
-        values = (split, table.at[index, "source"], 0, table.at[index, "id"], reason, fix)
-        rows.set_aside.append(dict(zip(SET_ASIDE, values, strict=True)))
-    if split == "train":
-        table = table[bad == ""].reset_index(drop=True)
-    else:
-        table = table.assign(picture=table["picture"].where(bad == "", None))
-    return Rows(table, rows.set_aside, total.hexdigest())
+def _distinct(entries: Iterable[Entry], name: str) -> Iterator[Batch]:
+    seen: set[bytes] = set()
+    for entry in entries:
+        if entry.reason:
+            yield Batch([], [SetAside("train", name, entry.row, entry.id, entry.reason, entry.fix)])
+            continue
+        key = hashlib.blake2b(entry.prompt.encode(), digest_size=16).digest()
+        yield Batch([] if key in seen else [Row(entry.id, name, None, entry.prompt)], [])
+        seen.add(key)
+
+
+def _parallel(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch]:
+    """Check pictures in threads (Pillow decodes outside the interpreter lock), results in order."""
+    entries = iter(entries)
+    threads = os.cpu_count() or 1
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(entries, CHUNK)):
+            waiting.append(pool.submit(_check, chunk, name, split))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _check(entries: Sequence[Entry], name: str, split: str) -> Batch:
+    batch, total = Batch([], []), hashlib.sha256()
+    for entry in entries:
+        reason, fix = entry.reason, entry.fix
+        if not reason:
+            data, reason, fix = _look(entry.picture)
+            total.update(hashlib.sha256(data).digest())
+        if reason:
+            batch.set_aside.append(SetAside(split, name, entry.row, entry.id, reason, fix))
+        keeps = split == "test" and reason in PICTURE_REASONS
+        if not reason or keeps:
+            prompt = None if _is_blank(entry.prompt) else entry.prompt
+            fold = int(entry.fold) if split == "train" and entry.fold else None
+            batch.rows.append(Row(entry.id, name, None if reason else entry.picture, prompt, fold))
+    return batch._replace(pictures=total.digest())
+
+
+def _look(reference: str) -> tuple[bytes, str, str]:
+    """A picture's bytes, or why it cannot be used."""
+    try:
+        data = read_picture(reference)
+        decode(data)
+    except (FileNotFoundError, NotADirectoryError):
+        return b"", "missing picture", f"add {reference} or delete the row"
+    except (OSError, ValueError) as error:
+        return b"", "unreadable picture", f"replace {reference} ({error})"
+    return data, "", ""
+
+
+def _within(batches: Iterator[Batch], source: Source, split: str, limit: float) -> Iterator[Batch]:
+    """The batches, unless too much of them is set aside or nothing is left."""
+    used, counts, first = 0, Counter[str](), list[str]()
+    for batch in batches:
+        used += len(batch.rows)
+        for row in batch.set_aside:
+            if row.reason == "not downloaded" or (split == "test" and row.reason in PICTURE_REASONS):
+                continue
+            counts[row.reason] += 1
+            if len(first) < 10:
+                first.append(f"  row {row.row}, id {row.id!r}: {row.reason}; {row.fix}")
+        yield batch
+    listed = "\n".join(first)
+    if not used:
+        raise ValueError(f"{source.path}: no row can be used\n{listed or '  it is empty'}")
+    bad = counts.total()
+    if bad > limit * (used + bad):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raise ValueError(
+            f"{source.path}: {bad} of {used + bad} rows cannot be used ({reasons}), more than "
+            f"prepare.max_quarantined ({limit}) allows. Mend them, or raise it. The first of them:\n{listed}"
+        )

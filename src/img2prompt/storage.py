@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,14 +22,17 @@ RESUME = Path("outputs/.resume")
 def whole(target: Path) -> Iterator[Path]:
     """Yield a path to write `target` at, a file or a folder; it is renamed into place when the block ends well.
 
-    An interruption leaves the former `target`, or none; never half of one.
+    An interruption leaves the former `target`, or none; never half of one. After an error what was written is
+    removed: a disk that is full gets its space back.
     """
     aside = target.with_name(f"{target.name}.partial")  # git and DVC ignore the name
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    aside.unlink(missing_ok=True)
+    _remove(aside)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    yield aside
+    try:
+        yield aside
+    except BaseException:
+        _remove(aside)
+        raise
     for path in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
         _sync(path)
     if target.is_dir():
@@ -45,12 +49,81 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield aside
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def resume_folder(name: str, *parts: str | bytes | Path | np.ndarray) -> Path:
+    """A folder below RESUME for what `parts` lead to, see `digest`; what others led to under that name is removed."""
+    folder = RESUME / name / digest(*parts)
+    for stale in folder.parent.glob("*"):
+        if stale != folder:
+            _remove(stale)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def grow(
+    folder: Path,
+    batches: Sequence[Sized],
+    results: Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray]]],
+    seconds: float = 10,
+) -> dict[str, Path]:
+    """Compute arrays batch by batch into .npy files of a folder; after a kill go on near where it was.
+
+    Args:
+        folder: of the files NAME.npy, and of what tells how far they are; the same batches and results lead there.
+        batches: what to compute, each as long as its rows.
+        results: given the batches that are left, yields for each the arrays (rows, ...) by name, always the same names.
+        seconds: from one safe state to the next.
+
+    Returns:
+        The files by name, whole.
+    """
+    state = folder / "grown.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    done, sizes = read_json(state).values() if state.is_file() else (0, {})
+    paths = {name: folder / f"{name}.npy" for name in sizes}
+    if any(not path.is_file() or path.stat().st_size < sizes[name] for name, path in paths.items()):
+        done, sizes = 0, {}  # a stage had begun to take them away
+    total = sum(map(len, batches))
+    files: dict[str, BinaryIO] = {}
+    try:
+        for name, size in sizes.items():
+            # What came after the last safe state may be anything.
+            files[name] = (folder / f"{name}.npy").open("r+b")
+            files[name].truncate(size)
+            files[name].seek(size)
+        saved = time.monotonic()
+        for arrays in results(batches[done:]) if done < len(batches) else ():
+            for name, array in arrays.items():
+                if name not in files:
+                    files[name] = (folder / f"{name}.npy").open("wb")
+                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": (total, *array.shape[1:])}
+                    np.lib.format.write_array_header_1_0(files[name], header)
+                files[name].write(np.ascontiguousarray(array))
+            done += 1
+            if done == len(batches) or time.monotonic() - saved > seconds:
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                with whole(state) as path:
+                    write_json(path, {"batches": done, "sizes": {name: file.tell() for name, file in files.items()}})
+                saved = time.monotonic()
+    finally:
+        for file in files.values():
+            file.close()
+    return {name: folder / f"{name}.npy" for name in files}
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
