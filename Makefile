@@ -34,7 +34,7 @@ lint: $(STAMP)  ## check the style
 	ruff format --check
 
 search: check  ## find Model A's epochs and rates on inner splits of the training folds
-	python -m pipelines.search
+	python -m pipelines.search $(ARGS)
 
 A ?= HEAD
 B ?= workspace

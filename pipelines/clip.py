@@ -1,5 +1,6 @@
 """clip: one open_clip folder, whether from the sample, a hub or a disk."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,21 @@ from img2prompt.storage import whole_folder
 from pipelines import run
 
 
-def picture_size() -> int:
-    """The median shorter side of the train pictures (of 99 of them), within what an ImageNet tower is good for."""
-    pictures = read_rows(Path("outputs/prepare/train.parquet")).picture
-    some = pictures.iloc[np.linspace(0, len(pictures) - 1, 99).astype(int)]
-    return int(np.clip(np.median([min(open_picture(picture).size) for picture in some]), 128, 224))
+def spread(references: Sequence[str], count: int) -> list[str]:
+    """Up to `count` of them, evenly spaced."""
+    return [references[i] for i in np.linspace(0, len(references) - 1, min(count, len(references))).astype(int)]
+
+
+def picture_size(references: Sequence[str]) -> int:
+    """Their median shorter side in pixels, within what an ImageNet tower is good for."""
+    return int(np.clip(np.median([min(open_picture(reference).size) for reference in references]), 128, 224))
 
 
 def main(params: Params) -> None:
     """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml."""
     section, where = params.clip, device()
     with whole_folder(Path("outputs/clip")) as out:
+        pictures = read_rows(Path("outputs/prepare/train.parquet")).picture.tolist()
         samples: dict[Path, tuple[str, int]] = {}
         for number, (model, pretrained, image_size) in enumerate(section.models):
             folder = out / str(number)
@@ -35,15 +40,17 @@ def main(params: Params) -> None:
             if tower is None:
                 materialise(model, pretrained, image_size, folder)
             else:
-                samples[folder] = tower, image_size or picture_size()
+                samples[folder] = tower, image_size or picture_size(spread(pictures, 99))
         if not samples:
             return
         # The sample's CLIPs learn from pictures of their own: none of a prompt near one to train or test on.
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
         encode, sample = Encoder(params.embed_prompts.model, where), section.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        for folder, recall in sample_clip.build(pairs, samples, sample.epochs, sample.seed, where).items():
-            print(f"clip {folder.name}, held-out pairs: {recall}")
+        own = spread(pictures, 2000)  # enough for principal components
+        built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where)
+    for folder, recall in built.items():
+        print(f"clip {folder.name}, held-out pairs: {recall}")
 
 
 if __name__ == "__main__":

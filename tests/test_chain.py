@@ -363,7 +363,12 @@ def test_the_sample_and_its_clip(home, tmp_path, monkeypatch):
 def test_several_clips_and_views(home, tiny_clip):
     change(
         clip={"model": [str(tiny_clip), str(tiny_clip)], "image_size": [None, 64]},
-        model_a={"tta": ["flip", "larger"], "tower_epochs": 1, "augmentation": {"crop": 0, "rotation": 0, "flip": 0}},
+        model_a={
+            "pretrain": True,
+            "tta": ["flip", "larger"],
+            "tower_epochs": 1,
+            "augmentation": {"crop": 0, "rotation": 0, "flip": 0},
+        },
         embed_prompts={"augmented": 0},
     )
     alone = np.load("outputs/knn/0/oof.npy")

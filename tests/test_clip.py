@@ -9,9 +9,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from img2prompt import sample_clip
-from img2prompt.clip import embed_texts, load_clip, materialise, project, save_clip, tower, unfrozen, view
+from img2prompt.clip import embed_texts, load_clip, materialise, project, projection, save_clip, tower, unfrozen, view
 from img2prompt.sample import draw
 
 
@@ -78,6 +79,22 @@ def test_the_sample_towers_have_imagenet_weights(sample_folders, name):
     # The package's names say the same as timm's, tensor by tensor: nothing lines up by its shape alone.
     parts = zip(imagenet, trunk.state_dict(), strict=False)
     assert all(theirs.rpartition(".")[2] == ours.rpartition(".")[2] for theirs, ours in parts)
+
+
+@pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
+def test_the_projections_matrix(which, request):
+    visual = load_clip(request.getfixturevalue(which), "cpu").model.visual
+    pooled = torch.randn(5, 32 if which == "tiny_clip" else 1280)
+    with torch.no_grad():
+        expected = project(visual, pooled) - project(visual, torch.zeros_like(pooled))
+    assert torch.allclose(pooled @ projection(visual, pooled.shape[1]), expected, atol=1e-4)
+
+
+def test_a_projection_that_is_no_matrix_is_refused():
+    visual = nn.Module()
+    visual.trunk, visual.head = nn.Identity(), nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    with pytest.raises(ValueError, match=r"model_a\.pretrain"):
+        projection(visual, 8)
 
 
 def test_the_names_of_the_samples_towers():
@@ -151,11 +168,26 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in():
     centres = 3 * torch.randn(8, 1280) + 5
     features = centres[classes] + 0.1 * torch.randn(256, 1280)
     tokens = tokenizer([words[i] for i in classes])
-    sample_clip.train(model, features, tokens, epochs=25, seed=0)
+    sample_clip.train(model, features, tokens, own=features, epochs=25, seed=0)
     with torch.no_grad():
         images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
         texts = model.encode_text(tokenizer(words), normalize=True)
     assert sample_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
+
+
+def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart():
+    torch.manual_seed(0)
+    model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
+    own = 0.01 * torch.randn(600, 1280)
+    own[:, :5] += torch.randn(600, 1) * torch.ones(5)  # one thing varies among them; none of it among the pairs
+    features = torch.randn(256, 1280)
+    features[:, :5] = 0
+    tokens = tokenizer(["cat", "dog"] * 128)
+    sample_clip.train(model, features, tokens, own=own, epochs=1, seed=0)
+    with torch.no_grad():
+        projected = project(model.visual, own)
+    along = torch.corrcoef(torch.cat([own[:, :1], projected], dim=1).T)[0, 1:]
+    assert along.abs().max() > 0.9
 
 
 def test_retrieval_by_hand():
@@ -165,16 +197,18 @@ def test_retrieval_by_hand():
     assert sample_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
 
 
-def test_several_sample_clips_learn_from_the_same_pictures(tmp_path):
+def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition):
+    own = sorted(str(path) for path in (competition / "images").iterdir())
     rows = list(itertools.islice(draw(0, stream=2), 80))
     folders = {name: tmp_path / name for name in ("lite0", "lite1")}
     for folder in folders.values():
         folder.mkdir()
-    together = sample_clip.build(rows, {folders[name]: (name, 64) for name in folders}, epochs=1, seed=0, device="cpu")
+    wanted = {folders[name]: (name, 64) for name in folders}
+    together = sample_clip.build(rows, own, wanted, epochs=1, seed=0, device="cpu")
     assert list(together) == list(folders.values())
     alone = tmp_path / "alone"
     alone.mkdir()
-    sample_clip.build(rows, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu")
+    sample_clip.build(rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu")
     both = [folder / "open_clip_model.safetensors" for folder in (alone, folders["lite1"])]
     assert both[0].read_bytes() == both[1].read_bytes()
     assert len(tower(load_clip(folders["lite1"], "cpu").model.visual)) == 23

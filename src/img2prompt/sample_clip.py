@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from img2prompt.clip import project, save_clip, tower
+from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
 from img2prompt.render import render
 from img2prompt.sample import Row
@@ -75,22 +76,23 @@ def untrained(name: str, seed: int, size: int) -> tuple[nn.Module, open_clip.tok
     return model.eval(), open_clip.SimpleTokenizer(context_length=settings["text_cfg"]["context_length"])
 
 
-def train(model: nn.Module, features: Tensor, tokens: Tensor, epochs: int, seed: int) -> None:
+def train(model: nn.Module, features: Tensor, tokens: Tensor, own: Tensor, epochs: int, seed: int) -> None:
     """Train the text transformer and the image projection with CLIP's contrastive loss, the tower frozen.
 
     Args:
         model: from `untrained`; changed in place.
         features: (n, 1280) float32, the tower's pooled output of the pictures.
         tokens: (n, context) int64, their prompts.
+        own: (m, 1280) float32, the same of pictures of the competition; their prompts are not asked for.
         epochs: passes over the pairs.
         seed: of the order of the pairs.
     """
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    features = (features - mean) / std
+    mean, std = own.mean(0), own.std(0) + 1e-6
+    features, own = (features - mean) / std, (own - mean) / std
     projection = model.visual.head.proj
-    # The projection starts as the principal components and stays near them: pictures of another kind than the pairs
-    # keep what tells them apart.
-    covariance = (features.T @ features).double()
+    # The projection starts as the principal components of the competition's pictures and stays near them: where they
+    # are of another kind than the pairs, what tells them apart is kept.
+    covariance = (own.T @ own).double()
     with torch.no_grad():
         projection.weight.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(projection.weight) :].T)
         projection.bias.zero_()
@@ -130,17 +132,18 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
     return {f"R@{rank}": round(float((place < rank).float().mean()), 4) for rank in ranks}
 
 
-def pooled_features(visuals: Sequence[nn.Module], rows: Sequence[Row], size: int, device: str) -> list[Tensor]:
-    """What each tower makes of the rows' pictures, drawn once, `size` pixels wide: (n, d) float32 each."""
+def pooled_features(
+    visuals: Sequence[nn.Module], pictures: Iterable[Image.Image], count: int, what: str, device: str
+) -> list[Tensor]:
+    """What each tower makes of `count` pictures: (count, d) float32 each. `what` names the progress bar."""
     towers = [tower(visual).to(device, memory_format=torch.channels_last) for visual in visuals]
     transforms = [image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False) for visual in visuals]
-    drawn = Parallel(n_jobs=-1, return_as="generator")(delayed(render)(row.scene, size) for row in rows)
     parts: list[list[Tensor]] = [[] for _ in towers]
     batch: list[Image.Image] = []
     with torch.no_grad():
-        for number, picture in enumerate(progress(drawn, "drawing pairs", len(rows), "picture"), start=1):
+        for number, picture in enumerate(progress(pictures, what, count, "picture"), start=1):
             batch.append(picture)
-            if len(batch) == 64 or number == len(rows):
+            if len(batch) == 64 or number == count:
                 for layers, transform, features in zip(towers, transforms, parts, strict=True):
                     x = torch.stack([transform(seen) for seen in batch])
                     features.append(layers(x.to(device, memory_format=torch.channels_last)).float())
@@ -149,12 +152,18 @@ def pooled_features(visuals: Sequence[nn.Module], rows: Sequence[Row], size: int
 
 
 def build(
-    rows: Sequence[Row], wanted: Mapping[Path, tuple[str, int]], epochs: int, seed: int, device: str
+    rows: Sequence[Row],
+    pictures: Sequence[str],
+    wanted: Mapping[Path, tuple[str, int]],
+    epochs: int,
+    seed: int,
+    device: str,
 ) -> dict[Path, dict[str, float]]:
     """Train the sample's CLIPs on rows of the sample and write each as an open_clip folder.
 
     Args:
         rows: pictures and prompts to learn from; the last tenth, at most 1,000, is held out.
+        pictures: where pictures of the competition are; the projections start as their principal components.
         wanted: folder, which exists, to its CLIP's tower and the side of that tower's input in pixels.
         epochs: passes over the pairs.
         seed: of weights and order.
@@ -164,14 +173,21 @@ def build(
         R@1 and R@10 among the held-out pairs, by folder.
     """
     models = [untrained(name, seed, size) for name, size in wanted.values()]
+    visuals = [model.visual for model, _ in models]
     widest = max(size for _, size in wanted.values())
-    pooled = pooled_features([model.visual for model, _ in models], rows, widest, device)
+    jobs = Parallel(n_jobs=-1, return_as="generator")
+    read = jobs(delayed(open_picture)(reference) for reference in pictures)
+    own = pooled_features(visuals, read, len(pictures), "reading pictures", device)
+    drawn = jobs(delayed(render)(row.scene, widest) for row in rows)
+    pooled = pooled_features(visuals, drawn, len(rows), "drawing pairs", device)
     held_out = min(1000, len(rows) // 10)
     recall = {}
-    for (folder, (name, size)), (model, tokenizer), features in zip(wanted.items(), models, pooled, strict=True):
+    for (folder, (name, size)), (model, tokenizer), features, seen in zip(
+        wanted.items(), models, pooled, own, strict=True
+    ):
         model.to(device)
         tokens = tokenizer([row.prompt for row in rows]).to(device)
-        train(model, features[:-held_out], tokens[:-held_out], epochs, seed)
+        train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed)
         with torch.no_grad():
             images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
             recall[folder] = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
