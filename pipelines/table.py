@@ -21,9 +21,16 @@ from img2prompt.storage import digest, read_json, whole_folder, write_json
 from pipelines import run
 from pipelines.compare import read_cosines
 
-# What the paper has, whatever params.yaml says; the rows below the line take params.yaml as it is.
+# What the paper has, and none of what it has not, whatever params.yaml says; the rows below the line take params.yaml
+# as it is.
 PAPER = {
     "dedup.threshold": "0.85",
+    "model_a.layer_decay": "1.0",
+    "model_a.mse": "0.0",
+    "model_a.hidden": "0",
+    "model_a.ema": "0.0",
+    "model_a.wise": "1.0",
+    "model_a.tta": "[]",
     "knn.keys": "both",
     "ensemble.members": "[model_a,model_b]",
     "ensemble.alpha": "search",

@@ -48,7 +48,7 @@ def draw_changes(path: Path, better: pd.DataFrame, worse: pd.DataFrame) -> None:
         for column, found in enumerate(table.itertuples()):
             prompt = found.prompt if isinstance(found.prompt, str) else "(not in outputs/prepare)"
             lines = [
-                f"{found.a:.3f} to {found.b:.3f}, {found.split}",
+                f"{found.a:.3f} to {found.b:.3f}, {'test' if found.split == 'test' else 'out of fold'}",
                 *wrap(prompt, 28, max_lines=2, placeholder=" …"),
             ]
             _place(sheet, (GAP + column * (SIDE + GAP), top + title), found.picture, lines)
