@@ -12,10 +12,12 @@ from img2prompt.device import device
 from img2prompt.encoder import Encoder
 from img2prompt.params import Params
 from img2prompt.pictures import open_picture
+from img2prompt.rows import read_rows
 from img2prompt.sample import apart, draw
-from img2prompt.sources import read_rows
 from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
+
+CODE = [Path(file) for file in (sample_clip.__file__, render.__file__)]
 
 
 def spread(references: Sequence[str], count: int) -> list[str]:
@@ -49,10 +51,11 @@ def main(params: Params) -> None:
         encode, sample = Encoder(params.embed_prompts.model, where), section.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
         own = spread(pictures, 2000)  # enough for principal components
-        code = [Path(file) for file in (sample_clip.__file__, render.__file__)]
-        wanted = repr([(folder.name, *sample_of) for folder, sample_of in samples.items()])
-        scenes, table = "\n".join(map(repr, pairs)), Path("outputs/prepare/train.parquet")
-        resume = resume_folder("clip", sample.model_dump_json(), f"{wanted} {where}", scenes, table, *code)
+        names = {str(folder): tower for folder, tower in samples.items()}
+        data = Path("outputs/prepare/train.parquet")
+        # What is trained depends on it all: a killed run goes on only if none of it has changed.
+        key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), data, *CODE]
+        resume = resume_folder("clip", *key)
         built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
     shutil.rmtree(RESUME / "clip")
     for folder, recall in built.items():

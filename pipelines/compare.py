@@ -14,7 +14,7 @@ from scmrepo.exceptions import SCMError
 from img2prompt.comparison import KEY, differences, differences_markdown, models_of, most_changed, pair
 from img2prompt.figures import draw_changes
 from img2prompt.params import Params
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import whole_folder
 from pipelines import run
 

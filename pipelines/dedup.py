@@ -8,7 +8,7 @@ import pandas as pd
 from img2prompt.dedup import deduplicate
 from img2prompt.device import device
 from img2prompt.params import Params
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import whole_folder
 from pipelines import run
 
@@ -16,17 +16,23 @@ TABLE = [round(0.70 + 0.05 * step, 2) for step in range(6)] + [0.99]
 
 
 def main(params: Params) -> None:
-    """Write kept.npy and scored.npy (n,) bool, duplicates.csv, thresholds.csv."""
-    targets = np.load("outputs/embed_prompts/train.npy")
+    """Write kept.npy and scored.npy (n,) bool, texts_kept.npy (t,) bool, duplicates.csv, thresholds.csv."""
+    targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
     rows = read_rows(Path("outputs/prepare/train.parquet"))
     threshold, scored = params.dedup.threshold, params.dedup.scored
-    found = deduplicate(targets, threshold if threshold < 1 else scored, also=[scored, *TABLE], device=device())
-    kept, pairs = dict(zip(found.thresholds, found.kept, strict=True)), found.duplicates
+    # Prompts without pictures come last: they are dropped for the pictures', never the other way round.
+    everything = np.concatenate([targets, texts])
+    found = deduplicate(everything, threshold if threshold < 1 else scored, also=[scored, *TABLE], device=device())
+    kept = dict(zip(found.thresholds, found.kept[:, : len(targets)], strict=True))
+    texts_kept = dict(zip(found.thresholds, found.kept[:, len(targets) :], strict=True))
+    pairs = found.duplicates[found.duplicates.dropped < len(targets)]
     if threshold == 1:  # every row: not the cosines' affair, which rounding may put above 1 for equal prompts
         kept[threshold], pairs = np.ones(len(targets), dtype=bool), pairs.iloc[:0]
+        texts_kept[threshold] = np.ones(len(texts), dtype=bool)
     with whole_folder(Path("outputs/dedup")) as out:
         np.save(out / "kept.npy", kept[threshold])
         np.save(out / "scored.npy", kept[scored])
+        np.save(out / "texts_kept.npy", texts_kept[threshold])
         pd.DataFrame(
             {
                 "dropped": rows.id.to_numpy()[pairs.dropped],

@@ -1,51 +1,48 @@
 """embed_images: CLIP's embeddings of pictures and prompts, and the image tower's features."""
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 from img2prompt import clip, images
 from img2prompt.clip import embed_texts, load_clip
 from img2prompt.device import device
-from img2prompt.images import embed_pictures, stem
+from img2prompt.images import embed_pictures
 from img2prompt.params import Params
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
-# What the results depend on, beside params: a killed run goes on only if none of it has changed.
-DATA = ["prepare/train.parquet", "prepare/test.parquet", "prepare/texts.parquet"]
 CODE = [Path(file) for file in (clip.__file__, images.__file__, __file__)]
 
 
 def main(params: Params) -> None:
     """Of every CLIP write {train,texts}_text.npy and {train,test}_{image,pooled}.npy.
 
-    With a tower to tune also {train,test}_frozen.npy; of the views that Model A averages, {train,test}_{view}_*.npy.
+    With a tower to tune also {train,test}_frozen.npy. Of views that Model A averages likewise, {split}_{view}_*.npy.
     """
     batch_size, where = params.embed_images.batch_size, device()
     # With augmentation the frozen layers see new pictures every epoch: nothing to keep.
     keep = 0 if params.model_a.augmentation.on else params.model_a.unfreeze
-    numbers = range(len(params.clip.models))
-    files = [Path("outputs", name) for name in DATA]
-    files += [Path(f"outputs/clip/{number}/open_clip_model.safetensors") for number in numbers]
+    tables = {name: read_rows(Path(f"outputs/prepare/{name}.parquet")) for name in ("train", "test", "texts")}
+    views = ("plain", *params.model_a.tta)
+    files = [Path(f"outputs/prepare/{name}.parquet") for name in tables]
+    files += [Path(f"outputs/clip/{number}/open_clip_model.safetensors") for number in range(len(params.clip.models))]
+    # What the results depend on: a killed run goes on only if none of it has changed.
     resume = resume_folder("embed_images", f"{batch_size} {keep} {where}", *files, *CODE)
     found: dict[str, Path] = {}
-    for number in numbers:
-        model = load_clip(Path(f"outputs/clip/{number}"), where)
-        for split in ("train", "test"):
-            pictures = read_rows(Path(f"outputs/prepare/{split}.parquet"), ["picture"]).picture
-            for view in ("plain", *params.model_a.tta):
-                name = f"{number}/{stem(split, view)}"
-                parts = embed_pictures(model, pictures, batch_size, where, resume / name, name, keep, view)
-                found |= {f"{name}_{part}": file for part, file in parts.items()}
-        for split in ("train", "texts"):
-            prompts = read_rows(Path(f"outputs/prepare/{split}.parquet"), ["prompt"]).prompt
-            name = f"{number}/{split}_text"
-            found[name] = embed_texts(model, prompts, batch_size, where, resume / name)
+    for number in range(len(params.clip.models)):
+        model, folder = load_clip(Path(f"outputs/clip/{number}"), where), resume / str(number)
+        for split, view in product(("train", "test"), views):
+            for file in embed_pictures(model, tables[split].picture, batch_size, where, folder, split, keep, view):
+                found[f"{number}/{file.name}"] = file
+        for name in ("train", "texts"):
+            file = embed_texts(model, tables[name].prompt, batch_size, where, folder / f"{name}_text")
+            found[f"{number}/{name}_text.npy"] = file
     with whole_folder(Path("outputs/embed_images")) as out:
         for name, file in found.items():
             (out / name).parent.mkdir(exist_ok=True)
-            file.rename(out / f"{name}.npy")
+            file.rename(out / name)
     shutil.rmtree(RESUME / "embed_images")
 
 

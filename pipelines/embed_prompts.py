@@ -10,7 +10,7 @@ from img2prompt.device import device
 from img2prompt.encoder import Encoder
 from img2prompt.params import Params
 from img2prompt.prompt_augmentation import augment_prompt, thesaurus
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 

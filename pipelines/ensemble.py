@@ -25,7 +25,7 @@ from img2prompt.figures import draw_scores
 from img2prompt.folds import components, similarity_forest
 from img2prompt.metric import cosine
 from img2prompt.params import Params
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import read_json, whole, whole_folder, write_json
 from pipelines import run
 
@@ -128,8 +128,10 @@ def main(params: Params) -> None:
     scores["folds"] = read_json(Path("outputs/folds/folds.json"))
     scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
     if known:
-        scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, targets, device=device())
-    scores["prepare"] = {"quarantined": len(pd.read_csv("outputs/prepare/quarantine.csv"))}
+        seen = np.concatenate([targets, np.load("outputs/embed_prompts/texts.npy")])
+        scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, seen, device=device())
+    reasons = pd.read_csv("outputs/prepare/quarantine.csv", usecols=["reason"]).reason.value_counts()
+    scores["prepare"] = {"quarantined": int(reasons.sum()), **reasons.sort_index().to_dict()}
 
     by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in shown})
     by_fold.insert(0, "fold", ids)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from img2prompt.device import device
-from img2prompt.knn import fit_predict
+from img2prompt.knn import Texts, fit_predict
 from img2prompt.params import Params
 from img2prompt.storage import whole_folder, write_json
 from pipelines import run
@@ -16,21 +16,23 @@ from pipelines import run
 def main(params: Params) -> None:
     """Of every CLIP write oof.npy (n, 384), test.npy (m, 384), choice.json, search.csv, and the neighbours used.
 
-    {oof,test}_{text,image}_rows.npy (n, k) int32 are rows of train.parquet, nearest first; _distances.npy float32.
+    {oof,test}_{text,image}_rows.npy (n, k) int32 are rows of train.parquet, from n on of texts.parquet, nearest first;
+    _distances.npy float32.
     """
     section = params.knn
     targets = np.load("outputs/embed_prompts/train.npy")
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
-    kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
+    kept, scored, texts_kept = (np.load(f"outputs/dedup/{name}.npy") for name in ("kept", "scored", "texts_kept"))
+    texts_targets, near = np.load("outputs/embed_prompts/texts.npy"), np.load("outputs/folds/texts.npy")
     with whole_folder(Path("outputs/knn")) as out:
         for number in range(len(params.clip.models)):
             embedded, folder = Path(f"outputs/embed_images/{number}"), out / str(number)
-            pictures, texts, test = (
-                np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "test_image")
+            pictures, prompts, test, texts = (
+                np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "test_image", "texts_text")
             )
             found = fit_predict(
                 queries=pictures,
-                bank={"text": texts, "image": pictures},
+                bank={"text": prompts, "image": pictures},
                 targets=targets,
                 fold=fold,
                 kept=kept,
@@ -42,6 +44,7 @@ def main(params: Params) -> None:
                 eps=section.eps,
                 coef=section.coef,
                 device=device(),
+                texts=Texts(texts, texts_targets, texts_kept, dict(zip(params.folds.ids, near.T, strict=True))),
             )
             folder.mkdir()
             np.save(folder / "oof.npy", found.oof)

@@ -17,7 +17,7 @@ from img2prompt.device import device
 from img2prompt.images import Drawn, Pictures, stem
 from img2prompt.model_a import Inputs, LinearHead, Stored, TextPrior, predict, ridge, train
 from img2prompt.params import ModelA, Params
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import RESUME, digest, whole_folder
 from pipelines import run
 
@@ -40,6 +40,10 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
     unseen = np.flatnonzero(fold == held_out)
     watched = unseen[np.load("outputs/dedup/scored.npy")[unseen]]
     views = ("plain", *section.tta)
+    prompts = None
+    if section.any_picture:
+        texts = read_rows(Path("outputs/prepare/train.parquet"), ["prompt"]).prompt
+        prompts = np.where(fold == held_out, -1, pd.factorize(texts)[0])
 
     def stored(split: str, name: str) -> list[Inputs]:
         return [Stored(np.load(embedded / f"{stem(split, seen)}_{name}.npy", mmap_mode="r")) for seen in views]
@@ -71,7 +75,7 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
         last = copy.deepcopy(unfrozen(layers, section.unfreeze))
         head, history = train(
             kind, start, pooled, sources["train"][0], last, targets, rows, watched, section, rates,
-            (section.seed, held_out), where, resume,
+            (section.seed, held_out), where, resume, prompts,
         )  # fmt: skip
         weights = nn.ModuleDict({"tower": last, "head": head}).state_dict()
         save_file({name: value.contiguous() for name, value in weights.items()}, out / f"{kind}.safetensors")

@@ -12,9 +12,10 @@ from img2prompt.params import Params
 from img2prompt.pictures import pack
 from img2prompt.progress import progress
 from img2prompt.render import jpeg
+from img2prompt.rows import Row, read_rows
 from img2prompt.sample import Row as Drawn
 from img2prompt.sample import apart, draw, generate
-from img2prompt.sources import Batch, Quarantine, Row, is_texts, read, read_rows, read_texts, write_rows, write_texts
+from img2prompt.sources import Batch, Quarantine, is_texts, read, read_texts, write_rows, write_texts
 from img2prompt.storage import digest, whole_folder
 from pipelines import run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from img2prompt.params import Params
-from img2prompt.sources import read_rows
+from img2prompt.rows import read_rows
 from img2prompt.storage import whole
 from img2prompt.submission import check_submission, write_submission
 from pipelines import run

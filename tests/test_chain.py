@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_a_picture_that_cannot_be_read_gets_the_mean_and_is_listed(home):
     assert np.allclose(values[12 - 1 - 3], mean / np.linalg.norm(mean), atol=1e-5)
     quarantine = pd.read_csv("outputs/prepare/quarantine.csv")
     assert quarantine[["split", "id", "reason"]].values.tolist() == [["test", "p003", "unreadable picture"]]
-    assert scores()["prepare"] == {"quarantined": 1}
+    assert scores()["prepare"] == {"quarantined": 1, "unreadable picture": 1}
 
 
 def test_scores_are_nested_as_documented(home):
@@ -414,3 +415,53 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
     assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
     with pytest.raises(ValueError, match="no grid everything: choose from rates"):
         stage("search", "everything")
+
+
+def test_the_competitions_public_sample_is_predicted_and_trained_on(home, tmp_path, monkeypatch, tiny_clip):
+    """Seven pictures with ids of nine hexadecimal characters, exactly as Kaggle hands them out."""
+    ids = ["20057f34d", "227ef0887", "92e911621", "a4e1c55a9", "c98f79f71", "d8edf2e40", "1e5000000"]
+    monkeypatch.chdir(tmp_path)
+    sample = write_competition(Path("input/sample"), 7, seed=2)
+    prompts = pd.read_csv(sample / "prompts.csv")
+    for name, picture in zip(ids, sorted((sample / "images").iterdir()), strict=True):
+        picture.rename(picture.with_name(f"{name}.png"))
+    prompts.assign(imgId=ids).to_csv(sample / "prompts.csv", index=False)
+    order = [f"{name}_{element}" for name in ids[::-1] for element in range(384)]
+    pd.DataFrame({"imgId_eId": order, "val": 0.0}).to_csv(sample / "sample_submission.csv", index=False)
+    Path("input/more.txt").write_text("a blue whale\na green whale\na road, cat 13\n")
+    Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    change(
+        prepare={"train": ["input/sample", "input/more.txt"], "test": "input/sample"},
+        folds={"ids": [0, 1]},
+        clip={"model": str(tiny_clip)},
+        model_a={"unfreeze": 1, "tower_epochs": 1, "any_picture": True},
+    )
+    chain()
+    assert [row[0] for row in submission()[1:]] == order
+    assert len(order) == 2688
+    assert pd.read_parquet("outputs/folds/folds.parquet").id.tolist() == ids
+    assert pd.read_parquet("outputs/prepare/texts.parquet").prompt.tolist()[0] == "a blue whale"
+    assert np.load("outputs/dedup/texts_kept.npy").shape == (3,)
+    assert np.load("outputs/folds/texts.npy").shape == (3, 2)
+    monkeypatch.chdir(home)
+
+
+def test_prompts_without_pictures_leave_folds_and_pictures_rows_as_they_are(home, tmp_path, monkeypatch):
+    files = ["folds/folds.parquet", "dedup/kept.npy", "dedup/scored.npy", "prepare/train.parquet"]
+    before = {name: (home / "outputs" / name).read_bytes() for name in files}
+    shutil.copytree(home, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    prompts = pd.read_csv("input/train/prompts.csv").prompt
+    Path("input/more.txt").write_text("\n".join([*prompts, "a submarine", "a violet violin"]) + "\n")
+    change(prepare={"train": ["input/train", "input/more.txt"], "test": "input/test"})
+    chain(["prepare", "embed_prompts", "dedup", "folds", "embed_images", "knn"])
+    assert {name: Path("outputs", name).read_bytes() for name in files} == before
+    # Copies of the pictures' own prompts are duplicates, and near their folds.
+    assert np.load("outputs/dedup/texts_kept.npy")[:60].sum() == 0
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    near = np.load("outputs/folds/texts.npy")
+    assert near[np.arange(60), (fold == 7).astype(int)].all()
+    assert not near[60:].any()
+    used = np.load("outputs/knn/0/oof_text_rows.npy")
+    assert (used >= 60 + 60).any()
+    monkeypatch.chdir(home)

@@ -209,9 +209,7 @@ def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition
     assert list(together) == list(folders.values())
     alone = tmp_path / "alone"
     alone.mkdir()
-    sample_clip.build(
-        rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu", resume=tmp_path / "resume alone"
-    )
+    sample_clip.build(rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu", resume=tmp_path / "other")
     both = [folder / "open_clip_model.safetensors" for folder in (alone, folders["lite1"])]
     assert both[0].read_bytes() == both[1].read_bytes()
     assert len(tower(load_clip(folders["lite1"], "cpu").model.visual)) == 23

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img2prompt import dedup, folds
-from img2prompt.folds import components, make_folds, similarity_forest
+from img2prompt.folds import components, make_folds, near_folds, similarity_forest
 
 
 def unit(*angles):
@@ -127,3 +127,42 @@ def test_fewer_groups_than_folds_are_refused_with_the_fix():
 def test_a_threshold_of_zero_is_refused():
     with pytest.raises(ValueError, match=r"folds\.threshold"):
         make_folds(unit(0, 90, 180), [0, 1], 0.0, 0.85, seed=0)
+
+
+def test_given_folds_are_kept_and_pull_their_groups_along():
+    # Groups: {0, 1, 2} at 0 degrees, {3, 4} at 90, {5} at 180, {6} at 270.
+    rows = unit(0, 1, 2, 90, 91, 180, 270)
+    given = np.array([7, np.nan, np.nan, 3, 7, np.nan, np.nan])
+    found = make_folds(rows, [3, 7], 0.7, 0.85, seed=0, given=given)
+    assert found.fold[:5].tolist() == [7, 7, 7, 3, 7]  # rows 3 and 4 were parted by whoever gave them
+    assert sorted(np.bincount(found.fold)[[3, 7]]) == [3, 4]
+    assert found.group.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert found.max_cross_fold_cosine == pytest.approx(np.cos(np.deg2rad(1)), abs=1e-6)
+
+
+def test_all_folds_given():
+    given = np.array([1.0, 0, 1, 0, 0])
+    found = make_folds(unit(0, 0, 0, 0, 90), [0, 1], 0.7, 0.85, seed=0, given=given)
+    assert found.fold.tolist() == given.tolist()
+
+
+def test_without_given_folds_nothing_changes():
+    rows = prompts(300)
+    none = np.full(300, np.nan)
+    plain, asked = (make_folds(rows, [0, 1, 2], 0.7, 0.85, seed=1, given=given) for given in (None, none))
+    np.testing.assert_array_equal(plain.fold, asked.fold)
+
+
+def test_given_folds_that_are_not_asked_for_are_refused():
+    with pytest.raises(ValueError, match=r"folds\.ids: \[0, 1\] lacks the folds \[5\]"):
+        make_folds(unit(0, 90, 180), [0, 1], 0.7, 0.85, seed=0, given=np.array([0.0, 5, np.nan]))
+    with pytest.raises(ValueError, match=r"no row is in \[1\]"):
+        make_folds(unit(0, 90), [0, 1], 0.7, 0.85, seed=0, given=np.array([0.0, 0]))
+
+
+def test_texts_are_near_the_folds_that_hold_a_similar_prompt():
+    rows, fold = unit(0, 90, 180), np.array([4, 9, 9])
+    near = near_folds(unit(10, 45, 170, 260), rows, fold, [4, 9], 0.9)
+    assert near.tolist() == [[True, False], [False, False], [False, True], [False, False]]
+    assert near_folds(unit(45), rows, fold, [4, 9], 0.7).tolist() == [[True, True]]
+    assert near_folds(rows[:0], rows, fold, [4, 9], 0.9).shape == (0, 2)

@@ -18,7 +18,8 @@ from PIL import Image
 from img2prompt.layouts import REASONS
 from img2prompt.params import Source
 from img2prompt.pictures import open_picture
-from img2prompt.sources import Quarantine, read, read_rows, write_rows
+from img2prompt.rows import read_rows
+from img2prompt.sources import Quarantine, read, write_rows
 from img2prompt.submission import check_submission, write_submission
 
 

@@ -27,8 +27,8 @@ def drawn(references, clip, epoch, row=0, **amount):
 
 def test_embeddings_agree_with_clip_itself(references, tiny_clip, tmp_path):
     clip = load_clip(tiny_clip, "cpu")
-    files = embed_pictures(clip, references, 4, "cpu", tmp_path, "pictures", keep=2)
-    image, pooled, frozen = (np.load(files[name]) for name in ("image", "pooled", "frozen"))
+    files = {path.stem: path for path in embed_pictures(clip, references, 4, "cpu", tmp_path, "train", keep=2)}
+    image, pooled, frozen = (np.load(files[f"train_{name}"]) for name in ("image", "pooled", "frozen"))
     assert (image.shape, pooled.shape, frozen.shape) == ((6, 16), (6, 32), (6, 5, 32))
     assert (image.dtype, pooled.dtype, frozen.dtype) == (np.float32, np.float32, np.float16)
     pictures = torch.stack([clip.transform(Image.open(path).convert("RGB")) for path in references[:5]])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from img2prompt import knn
 from img2prompt.ensemble import Cosines, mix, search_weights
-from img2prompt.knn import Neighbours, Setting, fit_predict, grid_scores, nearest, regress, weights
+from img2prompt.knn import Neighbours, Setting, Texts, fit_predict, grid_scores, nearest, regress, weights
 from img2prompt.metric import cosine, mean_cosine, unit
 
 
@@ -299,3 +299,27 @@ def test_k_is_capped_by_the_smallest_bank(data):
 def test_fit_predict_refuses(data, change, message):
     with pytest.raises(ValueError, match=message):
         fit_predict(**{**data, **change})
+
+
+def test_texts_are_more_text_keys_but_not_for_folds_that_they_are_near(data, result):
+    rng = np.random.default_rng(5)
+    # The texts are the queries themselves: nearest of all, where they may be used.
+    texts = Texts(
+        data["queries"][:40].astype(np.float32), data["targets"][:40], rng.random(40) < 0.8,
+        {f: rng.random(40) < 0.5 for f in range(4)},
+    )  # fmt: skip
+    found = fit_predict(**data, texts=texts)
+    index = found.neighbours["text"].index
+    assert (index >= N).any()
+    for row in range(N):
+        used = index[row][index[row] >= N] - N
+        assert texts.kept[used].all()
+        assert not texts.near[data["fold"][row]][used].any()
+        if row < 40 and texts.kept[row] and not texts.near[data["fold"][row]][row]:
+            assert index[row, 0] == N + row
+    assert (found.neighbours["image"].index == result.neighbours["image"].index).all()
+    of_test = found.test_neighbours["text"].index
+    assert texts.kept[of_test[of_test >= N] - N].all()
+    no_rows = np.empty(0, bool)
+    none = Texts(np.empty((0, 8), np.float32), data["targets"][:0], no_rows, dict.fromkeys(range(4), no_rows))
+    np.testing.assert_array_equal(fit_predict(**data, texts=none).test, result.test)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from img2prompt import model_a
 from img2prompt.model_a import (
+    AnyPicture,
     LinearHead,
     PaperHead,
     Ridge,
@@ -392,3 +393,17 @@ def test_wise_is_between_the_start_and_the_trained_weights(tmp_path):
     assert torch.equal(found[0.0][: len(before)], before)
     assert not torch.equal(found[0.0], found[1.0])
     assert torch.allclose(found[0.25], 0.75 * found[0.0] + 0.25 * found[1.0], atol=1e-6)
+
+
+def test_an_epoch_takes_any_picture_of_a_prompt():
+    prompts = np.array([0, 1, 0, 2, 1, 0, -1, 1])
+    own = np.arange(8, dtype=np.float32)[:, None]
+    inputs = AnyPicture(Stored(own), prompts, (3,))
+    rows = [np.array([0, 1]), np.array([3, 2])]
+    seen = [torch.cat(list(inputs.batches(rows, epoch)))[:, 0].int().tolist() for epoch in range(30)]
+    assert {epoch[0] for epoch in seen} == {0, 2, 5}
+    assert {epoch[1] for epoch in seen} == {1, 4, 7}
+    assert {epoch[2] for epoch in seen} == {3}
+    again = [torch.cat(list(inputs.batches(rows, epoch)))[:, 0].int().tolist() for epoch in range(30)]
+    assert again == seen
+    assert torch.cat(list(inputs.batches(rows, None)))[:, 0].tolist() == [0, 1, 3, 2]

@@ -9,7 +9,8 @@ from PIL import Image
 
 from img2prompt.layouts import REASONS
 from img2prompt.params import Source
-from img2prompt.sources import Quarantine, SetAside, read, read_rows, read_texts, write_rows
+from img2prompt.rows import read_rows
+from img2prompt.sources import Quarantine, SetAside, read, read_texts, write_rows
 
 
 @pytest.fixture

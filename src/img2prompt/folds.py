@@ -71,7 +71,14 @@ def similarity_forest(embeddings: np.ndarray, threshold: float) -> Edges:
     return spanning_forest(n, parts)
 
 
-def make_folds(embeddings: np.ndarray, ids: Sequence[int], threshold: float, max_threshold: float, seed: int) -> Folds:
+def make_folds(
+    embeddings: np.ndarray,
+    ids: Sequence[int],
+    threshold: float,
+    max_threshold: float,
+    seed: int,
+    given: np.ndarray | None = None,
+) -> Folds:
     """Rows with a cosine of at least `threshold`, directly or through others, share a fold.
 
     Such groups can grow into a giant one. Then the threshold rises by 0.01 until the largest group is no
@@ -79,9 +86,11 @@ def make_folds(embeddings: np.ndarray, ids: Sequence[int], threshold: float, max
     its fold larger. Groups go to folds the largest first, each to the smallest fold so far; `seed` orders
     groups of one size. (scikit-learn's GroupKFold balances either sizes or, shuffled, numbers of groups.)
 
-    `embeddings`: (n, d) float32 at norm 1. `ids`: the folds' names, distinct.
-    Raises ValueError for rows that `check_rows` refuses, fewer than two ids or equal ones, a threshold of 0
-    or less, and fewer groups than folds.
+    `embeddings`: (n, d) float32 at norm 1. `ids`: the folds' names, distinct. `given`: (n,) float64, the folds that
+    rows came with, nan for those without; they are kept, even where they part a group, and the rest of such a group
+    joins the fold that most of its given rows are in (of equals the first of `ids`).
+    Raises ValueError for a given fold that is not among `ids`, an id that gets no rows, rows that `check_rows`
+    refuses, fewer than two ids or equal ones, a threshold of 0 or less, and fewer groups than folds.
     """
     check_rows(embeddings)
     if len(set(ids)) < max(2, len(ids)):
@@ -97,16 +106,48 @@ def make_folds(embeddings: np.ndarray, ids: Sequence[int], threshold: float, max
         group = components(n, forest, threshold)
 
     sizes = np.bincount(group)
-    if len(sizes) < len(ids):
+    given = np.full(n, np.nan) if given is None else given
+    fixed = ~np.isnan(given)
+    if len(sizes) < len(ids) and not fixed.all():
         raise ValueError(
             f"folds.ids: {len(ids)} folds, but only {len(sizes)} groups of prompts with a cosine below "
             f"{threshold} between them: give at most {len(sizes)} ids, or raise folds.threshold"
         )
-    fold_of_group = np.empty(len(sizes), dtype=np.int64)
-    smallest = [(0, place) for place in range(len(ids))]
+    if strange := sorted(set(given[fixed].astype(int).tolist()) - set(ids)):
+        raise ValueError(f"folds.ids: {list(ids)} lacks the folds {strange[:10]} that the data come with: add them")
+    # A group's rows by the folds they came with.
+    votes = np.stack([np.bincount(group[given == fold_id], minlength=len(sizes)) for fold_id in ids], axis=1)
+    fold_of_group = np.asarray(ids, dtype=np.int64)[votes.argmax(axis=1)]
+    taken = votes.sum(axis=0) + np.bincount(
+        votes.argmax(axis=1), weights=np.where(votes.any(axis=1), sizes - votes.sum(axis=1), 0), minlength=len(ids)
+    ).astype(int)
+    smallest = [(int(size), place) for place, size in enumerate(taken)]
+    heapq.heapify(smallest)
     for g in np.lexsort((np.random.default_rng(seed).permutation(len(sizes)), -sizes)):
-        size, place = smallest[0]
-        heapq.heapreplace(smallest, (size + int(sizes[g]), place))
-        fold_of_group[g] = ids[place]
-    fold = fold_of_group[group]
+        if not votes[g].any():
+            size, place = smallest[0]
+            heapq.heapreplace(smallest, (size + int(sizes[g]), place))
+            fold_of_group[g] = ids[place]
+    fold = np.where(fixed, given, fold_of_group[group]).astype(np.int64)
+    if len(set(fold.tolist())) < len(ids):
+        raise ValueError(f"folds.ids: no row is in {sorted(set(ids) - set(fold.tolist()))}: take them out")
     return Folds(fold, group, threshold, max_cosine(embeddings, embeddings, fold, fold))
+
+
+def near_folds(
+    texts: np.ndarray, embeddings: np.ndarray, fold: np.ndarray, ids: Sequence[int], threshold: float
+) -> np.ndarray:
+    """(t, folds) bool: whether a text has a cosine of at least `threshold` with a row of each fold of `ids`.
+
+    Such a text tells a model too much about the fold, as the fold's own prompts would. `texts`: (t, d) float32 at
+    norm 1; `embeddings`, `fold`: of the n rows.
+    """
+    near = np.zeros((len(texts), len(ids)), dtype=bool)
+    for start in progress(range(0, len(texts), BLOCK), "texts", unit="block"):
+        block = texts[start : start + BLOCK]
+        for place, fold_id in enumerate(ids):
+            rows = embeddings[fold == fold_id]
+            for first in range(0, len(rows), TILE):
+                cosine = block @ rows[first : first + TILE].T
+                near[start : start + BLOCK, place] |= (cosine >= threshold - 1e-6).any(axis=1)
+    return near

@@ -99,17 +99,19 @@ def embed_pictures(
     batch_size: int,
     device: str,
     folder: Path,
-    what: str,
+    split: str,
     keep: int,
     seen: str = "plain",
-) -> dict[str, Path]:
+) -> list[Path]:
     """Run CLIP's image tower over a view of the pictures; a killed run goes on from what is in `folder`.
 
-    Returns the .npy files by name:
+    Returns .npy files:
 
-    - `image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
-    - `pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
-    - `frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
+    - `{split}_image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
+    - `{split}_pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
+    - `{split}_frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
+
+    Of other views than the plain one they are called `{split}_{seen}_image` and so on.
 
     Raises:
         ValueError: the tower has fewer than `keep` layers or no such view, or a picture cannot be decoded.
@@ -124,13 +126,14 @@ def embed_pictures(
     cuda = torch.device(device).type == "cuda"
 
     def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for x in progress(pictures.batches(list(left)), f"CLIP on {what}", len(left), "batch"):
+        batches = pictures.batches(list(left))
+        for x in progress(batches, f"CLIP on {stem(split, seen)} pictures", len(left), "batch"):
             # no_grad and not inference_mode: under autocast the latter casts attention's weights again for every call.
             with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
                 handed = frozen(x.to(device, memory_format=torch.channels_last))
                 pooled = last(handed).float()
                 image = functional.normalize(project(clip.model.visual, pooled).float())
             outputs = {"image": image, "pooled": pooled} | ({"frozen": handed.half()} if keep else {})
-            yield {name: value.cpu().numpy() for name, value in outputs.items()}
+            yield {f"{stem(split, seen)}_{name}": value.cpu().numpy() for name, value in outputs.items()}
 
-    return grow(folder, rows, run)
+    return list(grow(folder / stem(split, seen), rows, run).values())

@@ -1,6 +1,6 @@
 """Model B: the weighted mean of the prompts of a picture's nearest neighbours in CLIP space (eq. 4-5)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,20 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts without pictures, further `text` keys.
+
+    keys (t, d), targets (t, 384), kept (t,) bool: may be a neighbour. near: fold -> (t,) bool, of no use to that fold,
+    because a prompt of it is near.
+    """
+
+    keys: np.ndarray
+    targets: np.ndarray
+    kept: np.ndarray
+    near: Mapping[int, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
 class KnnResult:
     """Predictions (float32, norm 1) with the choices and neighbours behind them.
 
@@ -57,7 +71,7 @@ class KnnResult:
     test (m, 384): under `choice`, made on all scored rows, from all kept rows.
     search_table: keys, k, distance_dim, score (mean cosine out of fold, all scored rows).
     neighbours, test_neighbours: kind of keys -> the neighbours behind oof and test, as rows of the train
-    table.
+    table, after its last row of the texts.
     """
 
     oof: np.ndarray
@@ -264,21 +278,16 @@ def grid_scores(
 
 
 def _out_of_fold(
-    queries: np.ndarray, keys: np.ndarray, fold: np.ndarray, kept: np.ndarray, k: int, device: str
+    queries: np.ndarray, keys: np.ndarray, fold: np.ndarray, usable: Mapping[int, np.ndarray], k: int, device: str
 ) -> Neighbours:
-    """The k neighbours (n, k) of every query among the kept rows of the other folds."""
+    """The k neighbours (n, k) of every query among the keys (m, d) that are usable for its fold: fold -> (m,) bool."""
     index = np.empty((len(queries), k), dtype=np.int64)
     distance = np.empty((len(queries), k), dtype=np.float32)
-    for rows, bank in _banks(fold, kept):
+    for held_out, mask in usable.items():
+        rows, bank = np.flatnonzero(fold == held_out), np.flatnonzero(mask)
         found = nearest(queries[rows], keys[bank], k, device)
         index[rows], distance[rows] = bank[found.index], found.distance
     return Neighbours(index, distance)
-
-
-def _banks(fold: np.ndarray, kept: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each fold its rows, and the rows that may be their neighbours."""
-    for held_out in np.unique(fold):
-        yield np.flatnonzero(fold == held_out), np.flatnonzero(kept & (fold != held_out))
 
 
 def fit_predict(
@@ -295,13 +304,14 @@ def fit_predict(
     eps: float,
     coef: float,
     device: str = "cpu",
+    texts: Texts | None = None,
 ) -> KnnResult:
     """Model B for the train pictures, out of fold, and for the test pictures.
 
     queries (n, d), test_queries (m, d): pictures' CLIP embeddings. bank: `text` and/or `image` -> the train
-    rows' keys (n, d). targets (n, 384), norm 1. fold (n,) int. kept (n,) bool: may be a neighbour. scored
-    (n,) bool: counts in choosing. keys: `text`, `image`, or `both`: the mix of the two predictions. k,
-    distance_dim: `search`, or the number to use; a k beyond the smallest bank of keys becomes its size.
+    rows' keys (n, d); texts: more `text` keys. targets (n, 384), norm 1. fold (n,) int. kept (n,) bool: may
+    be a neighbour. scored (n,) bool: counts in choosing. keys: `text`, `image`, or `both`: the mix of the two
+    predictions. k, distance_dim: `search`, or the number to use; a k beyond the smallest bank of keys becomes its size.
 
     What is searched is chosen like the ensemble's weights, with the paper silent: for each kind of keys the k
     and distance_dim of the best mean cosine out of fold (of equals the smallest k, then the smallest
@@ -316,21 +326,29 @@ def fit_predict(
     parts = [queries, targets, fold, kept, scored, *(bank[kind] for kind in kinds)]
     if len({len(part) for part in parts}) > 1:
         raise ValueError(f"train rows differ: {[len(part) for part in parts]} in queries, targets, .., the bank")
-    bank_size = min(len(bank_rows) for _, bank_rows in _banks(fold, kept))
+    usable = {kind: {f: kept & (fold != f) for f in np.unique(fold).tolist()} for kind in kinds}
+    test_usable = dict.fromkeys(kinds, kept)
+    if texts is not None and "text" in kinds:
+        bank = {**bank, "text": np.concatenate([bank["text"], texts.keys])}
+        more = {f: texts.kept & ~texts.near[f] for f in usable["text"]}
+        usable["text"] = {f: np.concatenate([mask, more[f]]) for f, mask in usable["text"].items()}
+        test_usable["text"] = np.concatenate([kept, texts.kept])
+    every = targets if texts is None else np.concatenate([targets, texts.targets])
+    bank_size = min(int(mask.sum()) for masks in usable.values() for mask in masks.values())
     if not bank_size:
         raise ValueError("a fold has no kept rows outside it to be neighbours: two folds or more need kept rows")
     wanted = K_GRID if k == "search" else (int(k),)
     ks = tuple(sorted({min(size, bank_size) for size in wanted}))
     dims = DISTANCE_DIM_GRID if distance_dim == "search" else (float(distance_dim),)
 
-    neighbours = {kind: _out_of_fold(queries, bank[kind], fold, kept, ks[-1], device) for kind in kinds}
-    scores = {kind: grid_scores(neighbours[kind], targets, targets, ks, dims, eps, coef, device) for kind in kinds}
+    neighbours = {kind: _out_of_fold(queries, bank[kind], fold, usable[kind], ks[-1], device) for kind in kinds}
+    scores = {kind: grid_scores(neighbours[kind], every, targets, ks, dims, eps, coef, device) for kind in kinds}
     predicted: dict[tuple[str, Setting], np.ndarray] = {}  # most folds agree on the setting
 
     def predict(kind: str, setting: Setting) -> np.ndarray:
         if (kind, setting) not in predicted:
             predicted[kind, setting] = regress(
-                neighbours[kind], targets, setting.k, setting.distance_dim, eps, coef, device
+                neighbours[kind], every, setting.k, setting.distance_dim, eps, coef, device
             )
         return predicted[kind, setting]
 
@@ -361,12 +379,12 @@ def fit_predict(
         oof[rows] = combine(by_kind, choice.image_share)
 
     choice = choose(scored)
-    kept_rows = np.flatnonzero(kept)
     test_neighbours, by_kind = {}, {}
     for kind, setting in choice.settings.items():
-        found = nearest(test_queries, bank[kind][kept], setting.k, device)
-        test_neighbours[kind] = Neighbours(kept_rows[found.index], found.distance)
-        by_kind[kind] = regress(test_neighbours[kind], targets, setting.k, setting.distance_dim, eps, coef, device)
+        rows = np.flatnonzero(test_usable[kind])
+        found = nearest(test_queries, bank[kind][rows], setting.k, device)
+        test_neighbours[kind] = Neighbours(rows[found.index], found.distance)
+        by_kind[kind] = regress(test_neighbours[kind], every, setting.k, setting.distance_dim, eps, coef, device)
     table = [
         (kind, size, power, scores[kind][scored, i, j].mean(dtype=np.float64))
         for kind in kinds

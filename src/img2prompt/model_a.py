@@ -244,6 +244,34 @@ class Stored:
             yield torch.from_numpy(self._array[batch]).float()
 
 
+class AnyPicture:
+    """Inputs in which an epoch takes any of the pictures of a row's prompt; without an epoch the row's own.
+
+    Args:
+        inputs: by row.
+        prompts: (n,) int64, equal for rows of one prompt; below 0 for rows that must not be drawn.
+        seed: with the epoch, of the draw.
+    """
+
+    def __init__(self, inputs: Inputs, prompts: np.ndarray, seed: Sequence[int]) -> None:
+        self._inputs, self._prompts, self._seed = inputs, prompts, seed
+        drawable = np.flatnonzero(prompts >= 0)
+        self._rows = drawable[np.argsort(prompts[drawable], kind="stable")]
+        self._counts = np.bincount(prompts[drawable])
+        self._starts = np.cumsum(self._counts) - self._counts
+
+    def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
+        """Yield what `inputs` does, of the pictures drawn."""
+        if epoch is not None:
+            rng = np.random.default_rng([*self._seed, epoch])
+            rows = [self._draw(batch, rng) for batch in rows]
+        yield from self._inputs.batches(rows, epoch)
+
+    def _draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        prompts = self._prompts[rows]
+        return self._rows[self._starts[prompts] + rng.integers(self._counts[prompts])]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """One phase of training.
@@ -412,6 +440,7 @@ def train(
     seed: Sequence[int],
     device: str,
     resume: Path,
+    prompts: np.ndarray | None = None,
 ) -> tuple[nn.Module, pd.DataFrame]:
     """Train one model in two phases: the head alone on the pooled features, then tower and head together (LP-FT).
 
@@ -427,6 +456,7 @@ def train(
         seed: of initial weights, order and dropout.
         device: a torch device.
         resume: folder of what a killed run goes on from.
+        prompts: as in `AnyPicture`; None: each row's own picture.
 
     Returns:
         The trained head, and the history: `phase`, `epoch`, `loss`, `score` (before `wise` mixes in the original).
@@ -455,6 +485,8 @@ def train(
             clip_grad=settings.clip_grad,
             seed=(*seed, 1 + (phase == "tower")),
         )
+        if prompts is not None:
+            source = AnyPicture(source, prompts, schedule.seed)
         file = resume / f"{kind}-{phase}.safetensors"
         log = fit(layers, head, source, targets, rows, schedule, device, file, watched, f"{kind}, {phase}")
         history += [{"phase": phase, **entry} for entry in log]

@@ -183,6 +183,7 @@ class ModelA(Rates):
     ema: Share
     wise: Share
     tta: list[Literal["flip", "smaller", "larger", "renormalised"]]
+    any_picture: bool
     baseline: Rates
     augmentation: Augmentation
 

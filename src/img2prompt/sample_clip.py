@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import open_clip
@@ -16,7 +15,6 @@ from joblib import Parallel, delayed
 from open_clip.loss import ClipLoss
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +25,6 @@ from img2prompt.render import render
 from img2prompt.sample import Row
 from img2prompt.storage import grow, whole
 
-T = TypeVar("T")
 TOWERS = ("lite0", "lite1", "lite2")  # of timm's tf_efficientnet_*; of each, a pip package has the weights
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
@@ -182,42 +179,33 @@ def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> 
 
 
 def pooled_features(
-    visuals: Sequence[nn.Module],
-    items: Sequence[T],
-    picture: Callable[[T], Image.Image],
-    what: str,
-    device: str,
-    resume: Path,
+    visuals: Sequence[nn.Module], pictures: Sequence[tuple], what: str, device: str, resume: Path
 ) -> list[Tensor]:
-    """What each tower makes of the items' pictures: (n, d) float32 each.
+    """What each tower makes of the pictures: (n, d) float32 each.
 
-    Args:
-        visuals: the image towers.
-        items: what pictures are made from.
-        picture: makes one, in a process of its own.
-        what: named by the progress bar.
-        device: a torch device.
-        resume: folder from which a killed run goes on.
+    `pictures` are calls that give them, as joblib's `delayed` has it, `what` names the progress bar, and `resume` is
+    the folder from which a killed run goes on.
     """
     towers = [tower(visual).to(device, memory_format=torch.channels_last) for visual in visuals]
     transforms = [image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False) for visual in visuals]
 
     @torch.no_grad()
-    def pool(left: Sequence[Sequence[T]]) -> Iterator[dict[str, np.ndarray]]:
-        items = [item for batch in left for item in batch]
-        made = Parallel(n_jobs=-1, return_as="generator")(delayed(picture)(item) for item in items)
-        pictures = iter(progress(made, what, len(items), "picture"))
+    def run(left: Sequence[Sequence[tuple]]) -> Iterator[dict[str, np.ndarray]]:
+        calls = [call for batch in left for call in batch]
+        done = Parallel(n_jobs=-1, return_as="generator")(calls)
+        seen = iter(progress(done, what, len(calls), "picture"))
         for batch in left:
-            seen = list(itertools.islice(pictures, len(batch)))
-            inputs = [torch.stack([transform(picture) for picture in seen]) for transform in transforms]
-            features = [
-                layers(x.to(device, memory_format=torch.channels_last))
-                for layers, x in zip(towers, inputs, strict=True)
-            ]
-            yield {str(number): x.float().cpu().numpy() for number, x in enumerate(features)}
+            part = list(islice(seen, len(batch)))
+            outputs = {}
+            for number, (layers, transform) in enumerate(zip(towers, transforms, strict=True)):
+                x = torch.stack([transform(picture) for picture in part])
+                pooled = layers(x.to(device, memory_format=torch.channels_last)).float()
+                outputs[f"tower_{number}"] = pooled.cpu().numpy()
+            yield outputs
 
-    files = grow(resume, [items[start : start + 64] for start in range(0, len(items), 64)], pool)
-    return [torch.from_numpy(np.load(files[str(number)])).to(device) for number in range(len(towers))]
+    batches = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
+    files = grow(resume, batches, run)
+    return [torch.from_numpy(np.load(files[f"tower_{number}"])).to(device) for number in range(len(towers))]
 
 
 def build(
@@ -246,10 +234,10 @@ def build(
     models = [untrained(name, seed, size) for name, size in wanted.values()]
     visuals = [model.visual for model, _ in models]
     widest = max(size for _, size in wanted.values())
-    own = pooled_features(visuals, pictures, open_picture, "reading pictures", device, resume / "own")
-    pooled = pooled_features(
-        visuals, rows, lambda row: render(row.scene, widest), "drawing pairs", device, resume / "pairs"
-    )
+    read = [delayed(open_picture)(reference) for reference in pictures]
+    own = pooled_features(visuals, read, "reading pictures", device, resume / "own")
+    drawn = [delayed(render)(row.scene, widest) for row in rows]
+    pooled = pooled_features(visuals, drawn, "drawing pairs", device, resume / "pairs")
     held_out = min(1000, len(rows) // 10)
     recall = {}
     for (folder, (name, size)), (model, tokenizer), features, seen in zip(
@@ -257,7 +245,7 @@ def build(
     ):
         model.to(device)
         tokens = tokenizer([row.prompt for row in rows]).to(device)
-        train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed, resume / folder.name)
+        train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed, resume / name)
         with torch.no_grad():
             images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
             recall[folder] = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))

@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,23 +20,12 @@ from img2prompt.layouts import Entry, Layout, recognise
 from img2prompt.params import Source
 from img2prompt.pictures import decode, read_picture
 from img2prompt.progress import progress
+from img2prompt.rows import ROWS, TEXTS, Row
 
-TEXTS = pa.schema(dict.fromkeys(("id", "source", "prompt"), pa.string()))
-ROWS = pa.schema(dict.fromkeys(("id", "source", "picture", "prompt"), pa.string()) | {"fold": pa.int64()})
 # A test row stays for these, without its picture, and they do not count towards the limit.
 PICTURE_REASONS = frozenset({"outside the folder", "missing picture", "unreadable picture", "not downloaded"})
 CHUNK = 64  # rows that a thread checks at a time
 GROUP = 8192  # rows of parquet that are held before they are written
-
-
-class Row(NamedTuple):
-    """A usable row. `prompt` is None where it is unknown, `picture` where a test picture cannot be read."""
-
-    id: str
-    source: str
-    picture: str | None
-    prompt: str | None
-    fold: int | None = None
 
 
 class SetAside(NamedTuple):
@@ -163,18 +150,6 @@ class Writer:
             columns = dict(zip(Row._fields, zip(*group, strict=True), strict=True))
             schema = self._file.schema
             self._file.write_table(pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
-
-
-def read_rows(path: Path, columns: Sequence[str] | None = None, some: int | None = None) -> pd.DataFrame:
-    """Read a table of rows, or some of its columns; unknown prompts, pictures and folds are None.
-
-    With `some` that many rows, evenly spread, some of them twice if there are fewer.
-    """
-    arrow = pq.read_table(path, columns=columns)
-    if some:
-        arrow = arrow.take(np.linspace(0, len(arrow) - 1, some).astype(int))
-    table = arrow.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-    return table.astype(object).where(table.notna(), None)
 
 
 def _screen(layout: Layout, split: str) -> Iterator[Entry]:
