@@ -415,6 +415,8 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
     assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
     with pytest.raises(ValueError, match="no grid everything: choose from rates"):
         stage("search", "everything")
+    change(folds={"ids": [3, 7]})
+    chain(["folds"])
 
 
 def test_the_competitions_public_sample_is_predicted_and_trained_on(home, tmp_path, monkeypatch, tiny_clip):
