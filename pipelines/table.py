@@ -25,6 +25,7 @@ from pipelines.compare import read_cosines
 # as it is.
 PAPER = {
     "dedup.threshold": "0.85",
+    "model_a.pretrain": "false",
     "model_a.layer_decay": "1.0",
     "model_a.mse": "0.0",
     "model_a.hidden": "0",
