@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test lint search compare
+.PHONY: help setup check submission test lint search compare table
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,9 +34,12 @@ lint: $(STAMP)  ## check the style
 	ruff format --check
 
 search: check  ## find Model A's epochs and rates on inner splits of the training folds
-	python -m pipelines.search
+	python -m pipelines.search $(ARGS)
 
 A ?= HEAD
 B ?= workspace
 compare: check  ## A=exp1 B=exp2: two experiments picture by picture (or git revisions, or workspace)
 	python -m pipelines.compare $(A) $(B)
+
+table: check  ## the paper's table on your data; SET='knn.k=50 ...' sets params for every row
+	python -m pipelines.table $(SET)

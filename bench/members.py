@@ -12,7 +12,7 @@ import pandas as pd
 from img2prompt.ensemble import Cosines, search_weights
 from img2prompt.metric import bootstrap_interval, unit
 from img2prompt.params import load_params
-from pipelines.ensemble import MODEL_A, read_model_a
+from pipelines.ensemble import members_of, read_models
 
 
 def residuals(prediction: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -36,14 +36,14 @@ def show(title: str, values: np.ndarray, names: list[str]) -> None:
 
 def main() -> None:
     params = load_params()
-    names, ids = params.ensemble.members, params.folds.ids
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     stored = pd.read_parquet("outputs/ensemble/cosines.parquet")
     targets = {split: np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")}
-    found = {name: read_model_a(MODEL_A[name], fold, ids) for name in names if name in MODEL_A}
+    models = read_models(params, fold)
+    names = members_of(params, models)
     predictions = {
-        "train": [found[name][0] if name in found else np.load("outputs/knn/0/oof.npy") for name in names],
-        "test": [np.mean(found[n][1], axis=0) if n in found else np.load("outputs/knn/0/test.npy") for n in names],
+        "train": [models[name][0] for name in names],
+        "test": [np.mean(models[name][1], axis=0) for name in names],
     }
     for split, place in (("train", "out of fold"), ("test", "test")):
         rows = stored[stored.split == split]

@@ -1,5 +1,7 @@
 """ensemble: all members joined by weights found out of fold, and every model's scores."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +30,45 @@ from img2prompt.storage import read_json, whole, whole_folder, write_json
 from pipelines import run
 
 MODEL_A = {"ridge": "start", "clip": "clip", "model_a": "model_a"}  # the family's models, and the names of their files
+Predictions = tuple[np.ndarray, list[np.ndarray]]
 
 
-def read_model_a(files: str, fold: np.ndarray, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Out-of-fold predictions (n, 384) and each fold's test predictions (m, 384).
+def read_model_a(files: str, clip: int, fold: np.ndarray, ids: list[int]) -> Predictions:
+    """Out-of-fold predictions (n, 384) and each fold's test predictions (m, 384), of one model on one CLIP.
 
     The folds are those of params.yaml, not of the disk: a fold that was removed leaves its files behind.
     """
-    folders = [Path(f"outputs/model_a/fold_{held_out}/0") for held_out in ids]
+    folders = [Path(f"outputs/model_a/fold_{held_out}/{clip}") for held_out in ids]
     parts = [np.load(folder / f"{files}_oof.npy") for folder in folders]
     oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
     for held_out, part in zip(ids, parts, strict=True):
         oof[fold == held_out] = part
     return oof, [np.load(folder / f"{files}_test.npy", mmap_mode="r") for folder in folders]
+
+
+def members_of(params: Params, models: Iterable[str]) -> list[str]:
+    """Those of models that are in the ensemble: of every CLIP the kinds that params.yaml names."""
+    return [name for kind in params.ensemble.members for name in models if kind_of(name) == kind]
+
+
+def read_models(params: Params, fold: np.ndarray) -> dict[str, Predictions]:
+    """Of every CLIP Model A's family and Model B: by name, out of fold, and on test one or one a fold.
+
+    The first CLIP's models have plain names; those of a second one are ridge_1, clip_1, and so on.
+    """
+    found = {}
+    for clip in range(len(params.clip.models)):
+        end = f"_{clip}" if clip else ""
+        for name, files in MODEL_A.items():
+            found[name + end] = read_model_a(files, clip, fold, params.folds.ids)
+        knn = Path(f"outputs/knn/{clip}")
+        found[f"model_b{end}"] = np.load(knn / "oof.npy"), [np.load(knn / "test.npy")]
+    return found
+
+
+def kind_of(name: str) -> str:
+    """A model's name without the number of its CLIP."""
+    return re.sub(r"_\d+$", "", name)
 
 
 def main(params: Params) -> None:
@@ -58,25 +86,20 @@ def main(params: Params) -> None:
     test_targets = np.load("outputs/embed_prompts/test.npy")
     known = len(test_targets) > 0
 
-    # Of every model its out-of-fold predictions, and on test those of each model behind it: one a fold, or one in all.
-    oof: dict[str, np.ndarray] = {}
-    behind: dict[str, list[np.ndarray]] = {}
-    oof["constant"], mean = constant(targets, fold, ids, kept)
-    behind["constant"] = [np.tile(mean, (len(test_rows), 1))]
-    for name, files in MODEL_A.items():
-        oof[name], behind[name] = read_model_a(files, fold, ids)
-    oof["model_b"], behind["model_b"] = np.load("outputs/knn/0/oof.npy"), [np.load("outputs/knn/0/test.npy")]
-    test = {name: np.mean(models, axis=0) for name, models in behind.items()}
+    mean_oof, mean = constant(targets, fold, ids, kept)
+    models = {"constant": (mean_oof, [np.tile(mean, (len(test_rows), 1))])} | read_models(params, fold)
+    oof = {name: found for name, (found, _) in models.items()}
+    test = {name: np.mean(behind, axis=0) for name, (_, behind) in models.items()}
 
-    names = params.ensemble.members
-    family = np.array([name in MODEL_A for name in names])
+    names = members_of(params, models)
+    family = np.array([kind_of(name) in MODEL_A for name in names])
     alpha = None if params.ensemble.alpha == "search" else params.ensemble.alpha
     members = Cosines.between([oof[name] for name in names], targets)
     searched = search_weights(members[scored], family)
     curve = alpha_curve(members[scored], family)
     ensemble, _ = cross_fitted(members, fold, scored, family, alpha)
     # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
-    differ = spread([behind[name] for name in names])
+    differ = spread([models[name][1] for name in names])
     weights = search_weights(members[scored].bagged(differ), family, alpha)
     test["ensemble"] = mix([test[name] for name in names], weights)
     unreadable = test_rows.picture.isna().to_numpy()
@@ -92,11 +115,11 @@ def main(params: Params) -> None:
         on_test = test_rows[["source", "id"]].assign(split="test", fold=-1, group=near, scored=True)
         on_test = on_test.assign(**{name: cosine(predictions, test_targets) for name, predictions in test.items()})
         cosines = pd.concat([cosines, on_test], ignore_index=True)
-    models = [*oof, "ensemble"]
+    shown = [*models, "ensemble"]
 
     train = cosines[(cosines.split == "train") & cosines.scored]
     scores: dict[str, object] = {}
-    for name in models:
+    for name in shown:
         scores[name] = fold_scores(train[name].to_numpy(), train.fold.to_numpy(), ids)
         if known:
             scores[name]["test"] = float(on_test[name].mean())
@@ -110,7 +133,7 @@ def main(params: Params) -> None:
     reasons = pd.read_csv("outputs/prepare/quarantine.csv", usecols=["reason"]).reason.value_counts()
     scores["prepare"] = {"quarantined": int(reasons.sum()), **reasons.sort_index().to_dict()}
 
-    by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in models})
+    by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in shown})
     by_fold.insert(0, "fold", ids)
     histories = pd.DataFrame({
         kind: pd.concat([
@@ -124,8 +147,8 @@ def main(params: Params) -> None:
     weighed = pd.DataFrame({"member": names, "weight": weights, "weight_oof": searched, "agreement": agreement})
     with whole_folder(Path("outputs/ensemble")) as out:
         np.save(out / "test.npy", test["ensemble"].astype(np.float32))
-        cosines.astype(dict.fromkeys(models, np.float32)).to_parquet(out / "cosines.parquet", index=False)
-        report = f"{scores_table(cosines, models, ids)}\n{gain_over_best_member(cosines, names)}"
+        cosines.astype(dict.fromkeys(shown, np.float32)).to_parquet(out / "cosines.parquet", index=False)
+        report = f"{scores_table(cosines, shown, ids)}\n{gain_over_best_member(cosines, names)}"
         (out / "scores.md").write_text(report, encoding="utf-8")
         tables = {"alpha": curve, "members": weighed, "fold_scores": by_fold, "histories": histories}
         for name, table in tables.items():

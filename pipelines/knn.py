@@ -23,7 +23,7 @@ def main(params: Params) -> None:
     targets = np.load("outputs/embed_prompts/train.npy")
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     kept, scored, texts_kept = (np.load(f"outputs/dedup/{name}.npy") for name in ("kept", "scored", "texts_kept"))
-    texts_targets, texts_near = np.load("outputs/embed_prompts/texts.npy"), np.load("outputs/folds/texts.npy")
+    texts_targets, near_fold = np.load("outputs/embed_prompts/texts.npy"), np.load("outputs/folds/texts.npy")
     with whole_folder(Path("outputs/knn")) as out:
         for number in range(len(params.clip.models)):
             embedded, folder = Path(f"outputs/embed_images/{number}"), out / str(number)
@@ -44,7 +44,7 @@ def main(params: Params) -> None:
                 eps=section.eps,
                 coef=section.coef,
                 device=device(),
-                texts=Texts(texts, texts_targets, texts_kept, dict(zip(params.folds.ids, texts_near.T, strict=True))),
+                texts=Texts(texts, texts_targets, texts_kept, dict(zip(params.folds.ids, near_fold.T, strict=True))),
             )
             folder.mkdir()
             np.save(folder / "oof.npy", found.oof)

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from img2prompt import clip, images, model_a
-from img2prompt.clip import load_clip, tower, unfrozen, view
+from img2prompt.clip import load_clip, projection, tower, unfrozen, view
 from img2prompt.device import device
 from img2prompt.images import Drawn, Pictures, stem
-from img2prompt.model_a import Inputs, LinearHead, Stored, predict, ridge, train
+from img2prompt.model_a import Inputs, LinearHead, Stored, TextPrior, predict, ridge, train
 from img2prompt.params import ModelA, Params
 from img2prompt.rows import read_rows
 from img2prompt.storage import RESUME, digest, whole_folder
@@ -34,7 +34,8 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
     where, embedded = device(), Path(f"outputs/embed_images/{number}")
     loaded = load_clip(Path(f"outputs/clip/{number}"), "cpu")
     layers = tower(loaded.model.visual)
-    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    table = pd.read_parquet("outputs/folds/folds.parquet")
+    fold, group = table.fold.to_numpy(), table.group.to_numpy()
     rows = np.flatnonzero(np.load("outputs/dedup/kept.npy") & (fold != held_out))
     unseen = np.flatnonzero(fold == held_out)
     watched = unseen[np.load("outputs/dedup/scored.npy")[unseen]]
@@ -58,7 +59,13 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
     test = np.arange(len(np.load(embedded / "test_pooled.npy", mmap_mode="r")))
     predicted = (("oof", "train", unseen), ("test", "test", test))
     pooled = np.load(embedded / "train_pooled.npy")
-    start = ridge(torch.from_numpy(pooled[rows]), torch.from_numpy(targets[0, rows]))
+    wanted = torch.from_numpy(targets[0, rows])
+    prior = None
+    if section.pretrain:
+        texts = torch.from_numpy(np.load(embedded / "train_text.npy")[rows])
+        prior = TextPrior(texts, wanted, projection(loaded.model.visual, pooled.shape[1]))
+    start = ridge(torch.from_numpy(pooled[rows]), wanted, group[rows], prior)
+    print(f"fold {held_out}, clip {number}, ridge: strength {start.strength:.0f}, prior {start.share:.2f}")
     for name, split, wanted in predicted:
         head = LinearHead(start, dropout=0.0, hidden=0)
         found = predict(nn.Sequential(), head, stored(split, "pooled"), wanted, 1024, where)

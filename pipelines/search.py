@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from img2prompt.clip import load_clip, tower, unfrozen
+from img2prompt.clip import load_clip, projection, tower, unfrozen
 from img2prompt.device import device
 from img2prompt.images import stem
 from img2prompt.metric import bootstrap_interval, cosine
-from img2prompt.model_a import Ridge, Stored, predict, ridge, train
+from img2prompt.model_a import Ridge, Stored, TextPrior, predict, ridge, train
 from img2prompt.params import Params, Rates
 from img2prompt.progress import progress
 from img2prompt.storage import RESUME, digest, whole
@@ -35,6 +35,7 @@ GRIDS: dict[str, dict[str, list[object]]] = {
     "rates": {"lr_head": [3e-4, 1e-3, 3e-3], "lr_tower": [1e-3, 2e-3]},
     "tower_epochs": {"tower_epochs": [2, 3, 4]},
     "head_epochs": {"head_epochs": [0, 2]},  # LP-FT
+    "pretrain": {"pretrain": [False, True]},
     "layer_decay": {"layer_decay": [1.0, 0.8, 0.6, 0.4]},
     "mse": {"mse": [0.0, 0.01, 1.0, 100.0]},
     "hidden": {"hidden": [0, 2048, 16384]},
@@ -80,7 +81,8 @@ def main(params: Params) -> None:
     table = pd.read_parquet("outputs/folds/folds.parquet")
     fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
-    layers = tower(load_clip(Path(f"outputs/clip/{asked.clip}"), "cpu").model.visual)
+    visual = load_clip(Path(f"outputs/clip/{asked.clip}"), "cpu").model.visual
+    texts, layers = np.load(embedded / "train_text.npy"), tower(visual)
     folds = asked.folds or ids
     if len(ids) < 3:
         raise ValueError(f"folds.ids: {ids}: inner splits take three folds: to predict, to score on, to train on")
@@ -97,9 +99,13 @@ def main(params: Params) -> None:
         return np.flatnonzero(kept & (fold != held_out) & (fold != inner[held_out]))
 
     @cache
-    def start(held_out: int) -> Ridge:
+    def start(held_out: int, pretrain: bool) -> Ridge:
         rows = training_rows(held_out)
-        return ridge(torch.from_numpy(pooled[rows]), torch.from_numpy(targets[0, rows]))
+        wanted = torch.from_numpy(targets[0, rows])
+        prior = None
+        if pretrain:
+            prior = TextPrior(torch.from_numpy(texts[rows]), wanted, projection(visual, pooled.shape[1]))
+        return ridge(torch.from_numpy(pooled[rows]), wanted, group[rows], prior)
 
     def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
         rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
@@ -108,8 +114,8 @@ def main(params: Params) -> None:
         folder = RESUME / "search" / digest(repr((kind, held_out, seed, setting)))
         rows = watched[held_out]
         head, _ = train(
-            kind, start(held_out), pooled, frozen["plain"], last, targets, training_rows(held_out), rows[:0], changed,
-            rates, (section.seed + seed, held_out), where, folder,
+            kind, start(held_out, changed.pretrain), pooled, frozen["plain"], last, targets, training_rows(held_out),
+            rows[:0], changed, rates, (section.seed + seed, held_out), where, folder,
         )  # fmt: skip
         shutil.rmtree(folder)
         seen = [frozen[name] for name in ("plain", *changed.tta)]

@@ -233,6 +233,67 @@ def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(home):
     chain(["dedup"])
 
 
+def test_the_table(home, monkeypatch):
+    """Its rows are the scores of the runs that their settings make; runs and rows are paired by name."""
+    import pipelines.table as table
+
+    default, made, asked = Path("params.yaml").read_text(), {}, []
+    reruns = {name: STAGES[STAGES.index(name) :] for name in ("dedup", "model_a", "knn", "ensemble")}
+    ran = [yaml.safe_load(default)]
+
+    def experiment(name, settings):
+        asked.append(settings)
+        values = yaml.safe_load(default)
+        for setting in settings:
+            keys, value = setting.split("=")
+            *sections, key = keys.split(".")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[key] = yaml.safe_load(value)
+        Path("params.yaml").write_text(yaml.safe_dump(values))
+        needed = {stage for part in reruns if values[part] != ran[-1][part] for stage in reruns[part]}
+        chain([part for part in reruns if part in needed])
+        ran.append(values)
+        made[name] = pd.read_parquet("outputs/ensemble/cosines.parquet"), scores()
+        return True
+
+    monkeypatch.setattr(table, "forget", lambda: None)
+    monkeypatch.setattr(table, "experiment", experiment)
+    monkeypatch.setattr(table, "read_cosines", lambda name: made[name][0])
+    stage("table", "model_a.dropout=0.1")
+    assert len(made) == len(asked) == 7  # 13 rows
+    assert all("model_a.dropout=0.1" in settings for settings in asked)
+
+    found = pd.read_csv("outputs/table/table.csv")
+    assert ",".join(found.columns) == (
+        "row,test,oof,oof_std,vs_above,vs_above_low,vs_above_high,vs_clip,vs_clip_low,vs_clip_high,seconds"
+    )
+    rows = [*table.ROWS, *table.OURS]
+    assert found.row.tolist() == [row.name for row in rows]
+    for row, line in zip(rows, found.itertuples(), strict=True):
+        expected = made[table.name_of(row)][1][row.model]
+        assert (line.test, line.oof, line.oof_std) == pytest.approx(
+            (expected["test"], expected["oof"], expected["std"]), abs=1e-6
+        )
+        assert (
+            np.isnan(line.vs_clip)
+            if row is rows[0]
+            else line.vs_clip == pytest.approx(line.oof - found.oof[0], abs=2e-6)
+        )
+    by_name = found.set_index("row")
+    assert by_name.oof["CLIP + filter 2 (0.85)"] == by_name.oof["CLIP tuned"]
+    assert by_name.oof["CLIP tuned"] != by_name.oof["CLIP frozen"]
+    assert by_name.seconds["CLIP tuned"] == 0
+    assert by_name.seconds["CLIP"] > 0
+    text = Path("outputs/table/table.md").read_text()
+    assert "| 0.5961 |" in text
+    assert f"| Ensemble | {by_name.test['Ensemble']:.4f} | {by_name.oof['Ensemble']:.4f} |" in text
+    assert Path("outputs/table/table.png").is_file()
+    Path("params.yaml").write_text(default)
+    chain(["model_a", "knn", "ensemble"])
+
+
 def test_augmentation_of_pictures_and_prompts_runs_and_is_reproducible(home):
     change(
         model_a={"augmentation": {"crop": 0.2, "rotation": 10.0, "flip": 0.5}, "tower_epochs": 1},
@@ -307,7 +368,12 @@ def test_the_sample_and_its_clip(home, tmp_path, monkeypatch):
 def test_several_clips_and_views(home, tiny_clip):
     change(
         clip={"model": [str(tiny_clip), str(tiny_clip)], "image_size": [None, 64]},
-        model_a={"tta": ["flip", "larger"], "tower_epochs": 1, "augmentation": {"crop": 0, "rotation": 0, "flip": 0}},
+        model_a={
+            "pretrain": True,
+            "tta": ["flip", "larger"],
+            "tower_epochs": 1,
+            "augmentation": {"crop": 0, "rotation": 0, "flip": 0},
+        },
         embed_prompts={"augmented": 0},
     )
     alone = np.load("outputs/knn/0/oof.npy")
@@ -327,6 +393,15 @@ def test_several_clips_and_views(home, tiny_clip):
         assert not np.allclose(first, second, atol=1e-3)
     assert np.array_equal(np.load("outputs/knn/0/oof.npy"), alone)
     assert not np.allclose(np.load("outputs/knn/1/oof.npy"), alone, atol=1e-3)
+    kinds = ("model_a", "clip", "ridge", "model_b")
+    members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
+    assert members.index.tolist() == [name for kind in kinds for name in (kind, f"{kind}_1")]
+    assert members.weight.sum() == pytest.approx(1)
+    assert scores()["ensemble"]["alpha"] == pytest.approx(1 - members.weight[["model_b", "model_b_1"]].sum())
+    expected = cosine(
+        np.load("outputs/model_a/fold_3/1/clip_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
+    )
+    assert np.allclose(pd.read_parquet("outputs/ensemble/cosines.parquet").clip_1[:60][fold == 3], expected, atol=1e-6)
 
 
 def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
@@ -344,6 +419,8 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
     assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
     with pytest.raises(ValueError, match="no grid everything: choose from rates"):
         stage("search", "everything")
+    change(folds={"ids": [3, 7]})
+    chain(["folds"])
 
 
 def test_the_competitions_public_sample_is_predicted_and_trained_on(home, tmp_path, monkeypatch, tiny_clip):

@@ -9,9 +9,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from img2prompt import sample_clip
-from img2prompt.clip import embed_texts, load_clip, materialise, project, save_clip, tower, unfrozen, view
+from img2prompt.clip import embed_texts, load_clip, materialise, project, projection, save_clip, tower, unfrozen, view
 from img2prompt.sample import draw
 
 
@@ -78,6 +79,22 @@ def test_the_sample_towers_have_imagenet_weights(sample_folders, name):
     # The package's names say the same as timm's, tensor by tensor: nothing lines up by its shape alone.
     parts = zip(imagenet, trunk.state_dict(), strict=False)
     assert all(theirs.rpartition(".")[2] == ours.rpartition(".")[2] for theirs, ours in parts)
+
+
+@pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
+def test_the_projections_matrix(which, request):
+    visual = load_clip(request.getfixturevalue(which), "cpu").model.visual
+    pooled = torch.randn(5, 32 if which == "tiny_clip" else 1280)
+    with torch.no_grad():
+        expected = project(visual, pooled) - project(visual, torch.zeros_like(pooled))
+    assert torch.allclose(pooled @ projection(visual, pooled.shape[1]), expected, atol=1e-4)
+
+
+def test_a_projection_that_is_no_matrix_is_refused():
+    visual = nn.Module()
+    visual.trunk, visual.head = nn.Identity(), nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+    with pytest.raises(ValueError, match=r"model_a\.pretrain"):
+        projection(visual, 8)
 
 
 def test_the_names_of_the_samples_towers():

@@ -9,8 +9,8 @@ from dvc.repo import Repo
 from PIL import Image
 
 import pipelines.compare
-from img2prompt.comparison import differences, differences_markdown, most_changed, pair, verdict
-from img2prompt.figures import draw_changes
+from img2prompt.comparison import differences, differences_markdown, most_changed, pair, results, verdict
+from img2prompt.figures import draw_changes, draw_results
 from img2prompt.metric import bootstrap_interval
 
 
@@ -104,6 +104,43 @@ def test_most_changed_and_its_figure(tmp_path):
     assert (sheet == [255, 0, 0]).all(axis=2).any()
     draw_changes(tmp_path / "one.png", better, worse[:0].assign(picture=None, prompt=None))
     assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "out.png").size
+
+
+def row(table, model):
+    return table[table.scored].assign(cosine=table[model].astype(float))
+
+
+def test_results_by_hand(tmp_path):
+    table = cosines(clip=0.0, ridge=0.0, model_a=0.1)
+    found = results({name: row(table, name) for name in ("clip", "ridge", "model_a")})
+    assert found.row.tolist() == ["clip", "ridge", "model_a"]
+    scored = table[table.scored]
+    train, test = scored[scored.split == "train"], scored[scored.split == "test"]
+    line = found.loc[2]
+    assert line.oof == pytest.approx(train.model_a.astype(float).mean())
+    assert line.test == pytest.approx(test.model_a.astype(float).mean())
+    assert line.oof_std == pytest.approx(np.std(train.groupby("fold").model_a.mean()), abs=1e-6)
+    for kind, rows, other in (("vs_above", train, "ridge"), ("vs_clip", train, "clip"), ("test_vs_clip", test, "clip")):
+        gain = rows.model_a.astype(float) - rows[other].astype(float)
+        assert line[kind] == pytest.approx(gain.mean())
+        assert (line[f"{kind}_low"], line[f"{kind}_high"]) == pytest.approx(bootstrap_interval(gain, rows.group))
+    assert found.loc[0, "vs_above":].isna().all()
+
+    without = results({name: row(table[table.split == "train"], name) for name in ("clip", "model_a")})
+    assert without.test.isna().all()
+    assert without.vs_clip[1] == pytest.approx(line.vs_clip)
+    for number, shown in enumerate((found, without)):
+        draw_results(tmp_path / f"{number}.png", shown, ours=1)
+        assert Image.open(tmp_path / f"{number}.png").size[0] == 1100
+
+
+def test_results_on_other_pictures_are_refused():
+    table = cosines(clip=0.0)
+    first = row(table, "clip")
+    results({"a": first, "b": first.sample(frac=1, random_state=0)})
+    for other in (first[1:], first.assign(fold=0), first.assign(id="x")):
+        with pytest.raises(ValueError, match="b is scored on other pictures or folds than a"):
+            results({"a": first, "b": other})
 
 
 DVC_YAML = """

@@ -15,6 +15,7 @@ from img2prompt.model_a import (
     Ridge,
     Schedule,
     Stored,
+    TextPrior,
     cosine_loss,
     fit,
     parameter_groups,
@@ -69,7 +70,7 @@ def predictions(tower, head):
 def test_paper_head_by_hand():
     # Two features, already standard, and two outputs. FC1 = identity: V = (1, -1) has mean 0 and deviation 1,
     # so N1 = (1, -1). FC2 swaps: N2 = (-1, 1). With w = 0.75, A = 0.75 * N1 + 0.25 * N2 = (0.5, -0.5).
-    head = PaperHead(Ridge(torch.zeros(2), torch.ones(2), torch.eye(2), torch.zeros(2), 0.0, 0.0), 0.0, 0)
+    head = PaperHead(Ridge(torch.zeros(2), torch.ones(2), torch.eye(2), torch.zeros(2), 0.0, 0.0, 0.0), 0.0, 0)
     with torch.no_grad():
         head.fc2.weight.copy_(torch.eye(2).flip(0))
         for norm in (head.norm1, head.norm2):
@@ -103,26 +104,67 @@ def test_ridge_is_the_closed_form_one():
         assert np.allclose(found.bias, reference.intercept_, atol=1e-5)
 
 
-def test_ridge_strength_is_the_best_by_leaving_each_row_out():
+@pytest.mark.parametrize("n", [40, 12])  # more rows than features, and fewer
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("extra", [None, 0, 9])  # without texts, with the rows' own, with more
+def test_ridge_strength_is_the_best_by_leaving_each_group_out(n, size, extra):
     from sklearn.linear_model import Ridge as Reference
 
-    # Rows whose mean stays zero whichever is left out would make this exact; with 40 rows it is so to 1e-2.
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(40, 5))
-    y = x @ rng.normal(size=(5, 4)) + 2 * rng.normal(size=(40, 4)) + 1
+    words = rng.normal(size=(n + (extra or 0), 4))
+    x = np.concatenate([words[:n] + rng.normal(size=(n, 4)), rng.normal(size=(n, 10))], axis=1)
+    y = words @ rng.normal(size=(4, 6)) + rng.normal(size=(len(words), 6)) + 1
     y /= np.linalg.norm(y, axis=1, keepdims=True)
-    x = (x - x.mean(0)) / x.std(0, ddof=1)
-    found = ridge(torch.from_numpy(x).float(), torch.from_numpy(y).float())
+    groups = np.repeat(np.arange(n), size)[:n]
+    projection = np.eye(14, 4) + 0.1 * rng.normal(size=(14, 4))
+    tensors = [torch.from_numpy(array).float() for array in (x, words, y, projection)]
+    prior = None if extra is None else TextPrior(tensors[1], tensors[2], tensors[3])
+    found = ridge(tensors[0], tensors[2][:n], groups, prior)
+    text = ridge(tensors[1], tensors[2], np.concatenate([groups, n + np.arange(extra or 0)]))
+    assert (found.share > 0) == (prior is not None)
 
-    def left_out(strength):
-        predicted = [
-            Reference(alpha=strength).fit(np.delete(x, i, 0), np.delete(y, i, 0)).predict(x[i : i + 1])[0]
-            for i in range(40)
-        ]
-        return np.mean([p @ t / np.linalg.norm(p) for p, t in zip(predicted, y, strict=True)])
+    standard = (x - found.mean.numpy()) / found.std.numpy()
+    c = (words - text.mean.numpy()) / text.std.numpy()
+    to_texts = found.std.numpy()[:, None] * projection / text.std.numpy()
+    z = standard @ (to_texts / np.sqrt(np.square(standard @ to_texts).mean()))
 
-    assert found.score == pytest.approx(left_out(found.strength), abs=2e-3)
-    assert left_out(found.strength) >= max(left_out(found.strength * factor) for factor in (0.1, 10)) - 2e-3
+    def left_out(strength, share):
+        """Both regressions fitted anew without each group."""
+        cosines = []
+        for group in np.unique(groups):
+            out = groups == group
+            others = np.concatenate([~out, np.ones(len(words) - n, bool)])
+            prior = np.zeros((n, 6))
+            if share:
+                prior = share * z @ Reference(alpha=text.strength).fit(c[others], y[others]).coef_.T
+            fit = Reference(alpha=strength).fit(standard[~out], (y[:n] - prior)[~out])
+            predicted = prior[out] + fit.predict(standard[out])
+            cosines += list((predicted * y[:n][out]).sum(1) / np.linalg.norm(predicted, axis=1))
+        return np.mean(cosines)
+
+    assert found.score == pytest.approx(left_out(found.strength, found.share), abs=1e-5)
+    for strength, share in ((10, 1), (0.1, 1), (1, 0.5)):
+        assert found.score >= left_out(found.strength * strength, found.share * share) - 1e-3
+    # The weights are those of both regressions fitted to all rows.
+    prior = found.share * z @ text.weight.numpy().T
+    fit = Reference(alpha=found.strength).fit(standard, y[:n] - prior)
+    expected = prior + fit.predict(standard)
+    assert np.allclose(standard @ found.weight.numpy().T + found.bias.numpy(), expected, atol=1e-4)
+
+
+def test_rows_of_one_group_alone_are_left_out_one_by_one():
+    x, y = torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS])
+    assert ridge(x, y, np.zeros(100, int)).strength == ridge(x, y).strength
+
+
+def test_copies_in_a_group_make_the_regression_stronger():
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(30, 40)).repeat(3, 0), rng.normal(size=(30, 6)).repeat(3, 0)
+    tensors = torch.from_numpy(x).float(), functional.normalize(torch.from_numpy(y).float())
+    # Row by row, each copy is predicted from its twins and a weak fit looks perfect.
+    alone, grouped = ridge(*tensors), ridge(*tensors, np.arange(30).repeat(3))
+    assert alone.score > 0.9 > grouped.score
+    assert grouped.strength > 10 * alone.strength
 
 
 def test_ridge_of_noise_is_the_mean_target():

@@ -167,6 +167,20 @@ def project(visual: nn.Module, pooled: Tensor) -> Tensor:
     return visual.head(pooled) if hasattr(visual, "trunk") else pooled
 
 
+@torch.no_grad()
+def projection(visual: nn.Module, width: int) -> Tensor:
+    """The matrix (width, embed_dim) of `project`, without its constant.
+
+    Raises:
+        ValueError: the projection is not linear.
+    """
+    zero, ones = torch.zeros(1, width), torch.ones(1, width)
+    matrix = project(visual, torch.eye(width)) - project(visual, zero)
+    if not torch.allclose(ones @ matrix, project(visual, ones) - project(visual, zero), rtol=1e-3, atol=1e-3):
+        raise ValueError("model_a.pretrain: this CLIP's projection is not linear; set it to false")
+    return matrix
+
+
 def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
     """CLIP's transform with one change, for test-time augmentation.
 

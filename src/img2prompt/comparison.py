@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
+from img2prompt.ensemble import fold_scores, markdown
 from img2prompt.metric import bootstrap_interval
 
 KEY = ["split", "source", "id"]  # what makes a row of `cosines` the same picture in two experiments
@@ -96,11 +97,7 @@ def differences_markdown(table: pd.DataFrame) -> str:
                 by_fold[number].append(change)
             else:
                 overall[number] += [f"{row.a:.4f}", f"{row.b:.4f}", change, row.verdict]
-    return "\n".join(_markdown(lines) for lines in (overall, by_fold) if len(lines[0]) > 1)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(markdown(lines) for lines in (overall, by_fold) if len(lines[0]) > 1)
 
 
 def most_changed(pairs: pd.DataFrame, model: str, n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -112,3 +109,40 @@ def most_changed(pairs: pd.DataFrame, model: str, n: int) -> tuple[pd.DataFrame,
     change = (table.b - table.a).sort_values(kind="stable")
     better = (-change[change > 0]).sort_values(kind="stable").index[:n]
     return table.loc[better], table.loc[change[change < 0].index[:n]]
+
+
+def results(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The table of several models, each on the same pictures, in the order given; the first is what others are held to.
+
+    rows: name -> split, source, id, fold, group and `cosine`, a scored picture a row. Of the result: row, test (NaN
+    where test prompts are unknown), oof, its 95% interval oof_low, oof_high, oof_std (over folds, ddof 0); then the
+    paired differences, each with its 95% interval _low, _high: vs_above and vs_clip (to the row above and to the first
+    one, out of fold), test_vs_clip (to the first one on test). Intervals draw whole groups of similar prompts.
+    Raises ValueError where two rows are not on the same pictures and folds.
+    """
+    found: list[dict[str, object]] = []
+    first = above = None
+    for name, table in rows.items():
+        ordered = table.sort_values(KEY, ignore_index=True)
+        first = ordered if first is None else first
+        facts = [*KEY, "fold", "group"]
+        if not ordered[facts].equals(first[facts]):
+            raise ValueError(
+                f"{name} is scored on other pictures or folds than {next(iter(rows))}: they do not compare"
+            )
+        train, test = (ordered[ordered.split == split] for split in ("train", "test"))
+        scores = fold_scores(train.cosine.to_numpy(), train.fold.to_numpy(), sorted(set(train.fold)))
+        line = {"row": name, "test": test.cosine.mean(), "oof": scores["oof"]}
+        line["oof_low"], line["oof_high"] = bootstrap_interval(train.cosine, train.group)
+        line["oof_std"] = scores["std"]
+        for kind, other, own in (("vs_above", above, train), ("vs_clip", first, train), ("test_vs_clip", first, test)):
+            if other is not None and other is not ordered and len(own):
+                gain = own.cosine - other.cosine[own.index]
+                low, high = bootstrap_interval(gain, own.group)
+                line |= {kind: gain.mean(), f"{kind}_low": low, f"{kind}_high": high}
+        found.append(line)
+        above = ordered
+    kinds = ("vs_above", "vs_clip", "test_vs_clip")
+    columns = ["row", "test", "oof", "oof_low", "oof_high", "oof_std"]
+    columns += [f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")]
+    return pd.DataFrame(found).reindex(columns=columns)

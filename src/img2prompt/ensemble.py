@@ -228,6 +228,11 @@ def scores_table(cosines: pd.DataFrame, models: Sequence[str], fold_ids: Sequenc
             low, high = bootstrap_interval(rows[name], rows.group)
             cells.append(f"{rows[name].mean():.4f} [{low:.4f}, {high:.4f}]")
         lines.append(cells)
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first two the header and its rule, as a Markdown table."""
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

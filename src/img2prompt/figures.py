@@ -48,7 +48,7 @@ def draw_changes(path: Path, better: pd.DataFrame, worse: pd.DataFrame) -> None:
         for column, found in enumerate(table.itertuples()):
             prompt = found.prompt if isinstance(found.prompt, str) else "(not in outputs/prepare)"
             lines = [
-                f"{found.a:.3f} to {found.b:.3f}, {found.split}",
+                f"{found.a:.3f} to {found.b:.3f}, {'test' if found.split == 'test' else 'out of fold'}",
                 *wrap(prompt, 28, max_lines=2, placeholder=" …"),
             ]
             _place(sheet, (GAP + column * (SIDE + GAP), top + title), found.picture, lines)
@@ -104,9 +104,33 @@ def draw_scores(
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
+def draw_results(path: Path, table: pd.DataFrame, ours: int) -> None:
+    """Draw the table of `comparison.results` as a PNG: scores, and what each row gains on the first.
+
+    The last `ours` rows stand below a line. Test scores are drawn where they are known.
+    """
+    places = np.arange(len(table))
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 1.2 + 0.32 * len(table)), layout="constrained")
+        scores, gains = figure.subplots(1, 2, sharey=True)
+        for axes, oof, test in ((scores, "oof", "test"), (gains, "vs_clip", "test_vs_clip")):
+            width = np.abs(table[[f"{oof}_low", f"{oof}_high"]].to_numpy().T - table[oof].to_numpy())
+            axes.errorbar(
+                table[oof], places + 0.12, xerr=width, fmt="o", color=COLOURS["clip"], label="out of fold, 95%"
+            )
+            axes.plot(table[test], places - 0.12, "D", color=COLOURS["model_b"], fillstyle="none", label="test")
+            axes.axhline(len(table) - ours - 0.5, color="black", linewidth=0.8)
+        gains.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        scores.set(xlabel="mean cosine", yticks=places, yticklabels=table.row)
+        scores.invert_yaxis()
+        gains.set(xlabel=f"minus {table.row[0]}, picture by picture")
+        figure.legend(*scores.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
 def _lines(axes: Axes, table: pd.DataFrame, x: str, style: Mapping[str, str]) -> None:
     for name in table.columns.drop(x):
         # As text, fold ids are equally far apart and no half fold gets a tick.
         places = table[x].astype(str) if x == "fold" else table[x]
-        axes.plot(places, table[name], color=COLOURS[name], label=name, **style)
+        axes.plot(places, table[name], color=COLOURS.get(name), label=name, **style)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # never over a point

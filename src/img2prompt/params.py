@@ -176,6 +176,7 @@ class ModelA(Rates):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
     clip_grad: Positive
+    pretrain: bool
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     mse: Annotated[float, Field(ge=0)]
     hidden: Annotated[int, Field(ge=0)]
