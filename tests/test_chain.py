@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from conftest import write_competition
@@ -337,6 +338,31 @@ def test_a_stage_waits_for_the_one_that_still_runs(tmp_path):
         assert [process.wait() for process in both] == [0, 0]
     lines = [line for line in log.read_text().split() if line in ("in", "out")]
     assert lines == ["in", "out", "in", "out"]
+
+
+@pytest.mark.parametrize("shell", [False, True])
+@pytest.mark.parametrize("moment", ["imports", "stage"])
+def test_a_stage_ends_with_the_dvc_that_started_it(tmp_path, shell, moment):
+    """Also where a shell is between the two, and while the stage is still importing."""
+    stage = "import pipelines, time\n" \
+            "if MOMENT == 'imports':\n    print('on', flush=True); time.sleep(2)\n" \
+            "def main(params):\n    print('on', flush=True); time.sleep(2); open('half', 'w').close(); time.sleep(60)\n" \
+            "pipelines.run(main)\n"  # fmt: skip
+    (tmp_path / "stage.py").write_text(stage.replace("MOMENT", repr(moment)))
+    (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    # `; true` keeps the shell: it would otherwise become the stage.
+    command = ["sh", "-c", f"{sys.executable} stage.py; true"] if shell else [sys.executable, "stage.py"]
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert dvc.stdout.readline() == "on\n"
+    stages = [p for p in psutil.Process(dvc.pid).children(recursive=True) if p.cmdline()[-1] == "stage.py"]
+    dvc.kill()
+    dvc.wait()
+    gone, alive = psutil.wait_procs(stages, timeout=30)
+    assert (len(gone), alive) == (1, [])
+    assert not (tmp_path / "half").exists()
 
 
 def test_pictures_of_any_size_are_taken(home):

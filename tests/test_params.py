@@ -46,6 +46,14 @@ def test_default_is_valid():
         ("prepare__train", "sample", "prepare.train"),
         ("prepare__train", [], "prepare.train"),
         ("prepare__train", ["sample", "sample"], "prepare"),
+        ("prepare__train", ["input/a", "input/b/../a/"], "prepare"),
+        ("prepare__train", ["input/a", 5], "prepare.train.1"),
+        ("prepare__train", [{"path": "a.csv", "prmpt": "words"}], "prepare.train.0.prmpt"),
+        ("prepare__train", [{"path": "sample", "prompt": "words"}], "prepare.train.0"),
+        ("prepare__test", "", "prepare.test.path"),
+        ("prepare__max_quarantined", 2.0, "prepare.max_quarantined"),
+        ("prepare__max_quarantined", "2%", "prepare.max_quarantined"),
+        ("model_a__any_picture", 1, "model_a.any_picture"),
         ("prepare__sample__n_train", 10.5, "prepare.sample.n_train"),
         ("prepare__sample__seed", True, "prepare.sample.seed"),
         ("model_a__lr_head", float("nan"), "model_a.lr_head"),
@@ -106,3 +114,11 @@ def test_one_clip_or_several_with_one_tag_for_all_or_one_each(tmp_path):
     assert load_params(several).clip.models == [("ViT-B-32", "openai", None), ("sample:lite1", None, None)]
     sizes = written(tmp_path, clip__model=["sample", "sample:lite1"], clip__image_size=160)
     assert load_params(sizes).clip.models == [("sample", None, 160), ("sample:lite1", None, 160)]
+
+
+def test_a_source_is_a_path_or_names_its_columns(tmp_path):
+    mine = {"path": "input/mine.tsv", "picture": "img", "prompt": "words", "fold": "part"}
+    found = load_params(written(tmp_path, prepare__train=["sample", mine])).prepare
+    assert [source.path for source in found.train] == ["sample", "input/mine.tsv"]
+    assert (found.train[1].picture, found.train[1].prompt, found.train[1].fold) == ("img", "words", "part")
+    assert found.train[0].prompt is None
