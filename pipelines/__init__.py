@@ -40,7 +40,8 @@ def run(stage: Callable[[Params], None]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     name = Path(sys.argv[0]).stem
-    threading.Thread(target=_die_with_parents, daemon=True).start()
+    if WATCH.ident is None:
+        WATCH.start()
     Path("outputs").mkdir(exist_ok=True)
     start = time.monotonic()
     with Path("outputs/.lock").open("w") as lock:
@@ -70,7 +71,7 @@ def _parents() -> list[int]:
     return [parent.pid]
 
 
-PARENTS = _parents()  # before the slow imports: dvc may be killed while they go on
+PARENTS = _parents()
 
 
 def _die_with_parents() -> None:
@@ -78,3 +79,8 @@ def _die_with_parents() -> None:
     while _parents() == PARENTS:
         time.sleep(0.5)
     os._exit(1)
+
+
+WATCH = threading.Thread(target=_die_with_parents, daemon=True)
+if sys.argv[0] == "-m":  # `python -m pipelines.STAGE`: its imports take seconds, and dvc may be killed meanwhile
+    WATCH.start()

@@ -346,7 +346,7 @@ def test_a_stage_ends_with_the_dvc_that_started_it(tmp_path, shell, moment):
     """Also where a shell is between the two, and while the stage is still importing."""
     stage = "import pipelines, time\n" \
             "if MOMENT == 'imports':\n    print('on', flush=True); time.sleep(2)\n" \
-            "def main(params):\n    print('on', flush=True); time.sleep(2); open('half', 'w').close(); time.sleep(60)\n" \
+            "def main(params):\n    print('on', flush=True); time.sleep(2); open('half', 'w'); time.sleep(60)\n" \
             "pipelines.run(main)\n"  # fmt: skip
     (tmp_path / "stage.py").write_text(stage.replace("MOMENT", repr(moment)))
     (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
