@@ -74,9 +74,19 @@ def _parents() -> list[int]:
 PARENTS = _parents()
 
 
+def _orphaned() -> bool:
+    """Whether dvc is gone; also if it went before this process could look: then its parent is in another group."""
+    parents = _parents()
+    try:
+        strangers = any(os.getpgid(pid) != os.getpgrp() for pid in parents)
+    except ProcessLookupError:
+        return True
+    return parents != PARENTS or ("DVC_STAGE" in os.environ and strangers)
+
+
 def _die_with_parents() -> None:
     """End this process when dvc is gone: nobody else would, and the next `dvc repro` starts the stage again."""
-    while _parents() == PARENTS:
+    while not _orphaned():
         time.sleep(0.5)
     os._exit(1)
 

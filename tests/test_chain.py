@@ -365,6 +365,24 @@ def test_a_stage_ends_with_the_dvc_that_started_it(tmp_path, shell, moment):
     assert not (tmp_path / "half").exists()
 
 
+def test_a_stage_that_starts_when_dvc_is_gone_already_does_nothing(tmp_path):
+    stage = "import time; time.sleep(1)\n" \
+            "import pipelines\n" \
+            "def main(params):\n    time.sleep(2); open('half', 'w'); print('done')\n" \
+            "pipelines.run(main)\n"  # fmt: skip
+    (tmp_path / "stage.py").write_text(stage)
+    (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    # dvc sets this variable for what it runs; it is gone before the stage looks for it.
+    start = f"import subprocess; subprocess.Popen([{sys.executable!r}, 'stage.py'])"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_STAGE": "stage"}
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        cwd=tmp_path, env=environment, process_group=0, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "done" not in done.stdout  # read to its end: the stage has ended
+    assert not (tmp_path / "half").exists()
+
+
 def test_pictures_of_any_size_are_taken(home):
     assert Image.open("input/train/images/p000.png").size == (32, 32)
     assert np.load("outputs/embed_images/0/train_image.npy").shape == (60, 16)
