@@ -97,6 +97,7 @@ def draw_scores(
         mix.legend(frameon=False)
         _lines(training, histories, "epoch", {"marker": "."})
         training.set(title="Training, mean over the held-out folds", xlabel="epoch", ylabel="mean cosine")
+        training.xaxis.get_major_locator().set_params(integer=True)
         dedup.plot(thresholds.threshold, thresholds["share"], marker=".", color="#555555")
         dedup.axvline(threshold, color="black", linewidth=0.8, linestyle=":", label=f"in use: {threshold}")
         dedup.set(title="Dedup", xlabel="cosine threshold", ylabel="share of prompts kept", ylim=(0, 1))
