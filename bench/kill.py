@@ -136,8 +136,10 @@ def main() -> None:
             time.sleep(0.02)
         most = max(most, watch(process, home, moment, {}))
         if process.poll() is not None:
-            print(f"    {stage}: the run ended before its kill; from the start again", flush=True)
-            failures += contents(home) != whole or bool(process.returncode)
+            same = contents(home) == whole and not process.returncode
+            how = "with the same bytes" if same else "with OTHER bytes"
+            print(f"    {stage}: the run ended {how} before its kill; from the start again", flush=True)
+            failures += not same
             clear(home)
             continue
         hit = " + ".join(map(name, stages(home))) or "dvc between stages"
