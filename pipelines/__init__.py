@@ -45,7 +45,7 @@ def run(stage: Callable[[Params], None]) -> None:
     Path("outputs").mkdir(exist_ok=True)
     start = time.monotonic()
     with Path("outputs/.lock").open("w") as lock:
-        # A stage outlives a `dvc` that was killed; the next one must not write beside it.
+        # A stage outlives a killed `dvc` by a moment; the next one must not write beside it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             stage(params)

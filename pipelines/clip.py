@@ -17,12 +17,13 @@ from img2prompt.sample import apart, draw
 from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
+TRAIN = Path("outputs/prepare/train.parquet")
 CODE = [Path(file) for file in (sample_clip.__file__, render.__file__)]
 
 
-def spread(references: Sequence[str], count: int) -> list[str]:
-    """Up to `count` of them, evenly spaced."""
-    return [references[i] for i in np.linspace(0, len(references) - 1, min(count, len(references))).astype(int)]
+def some_pictures(count: int) -> list[str]:
+    """Where up to `count` of the train pictures are."""
+    return read_rows(TRAIN, ["picture"], some=count).picture.tolist()
 
 
 def picture_size(references: Sequence[str]) -> int:
@@ -34,7 +35,6 @@ def main(params: Params) -> None:
     """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml."""
     section, where = params.clip, device()
     with whole_folder(Path("outputs/clip")) as out:
-        pictures = read_rows(Path("outputs/prepare/train.parquet")).picture.tolist()
         samples: dict[Path, tuple[str, int]] = {}
         for number, (model, pretrained, image_size) in enumerate(section.models):
             folder = out / str(number)
@@ -43,18 +43,17 @@ def main(params: Params) -> None:
             if tower is None:
                 materialise(model, pretrained, image_size, folder)
             else:
-                samples[folder] = tower, image_size or picture_size(spread(pictures, 99))
+                samples[folder] = tower, image_size or picture_size(some_pictures(99))
         if not samples:
             return
         # The sample's CLIPs learn from pictures of their own: none of a prompt near one to train or test on.
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
         encode, sample = Encoder(params.embed_prompts.model, where), section.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        own = spread(pictures, 2000)  # enough for principal components
+        own = some_pictures(2000)  # enough for principal components
         names = {str(folder): tower for folder, tower in samples.items()}
-        data = Path("outputs/prepare/train.parquet")
         # What is trained depends on it all: a killed run goes on only if none of it has changed.
-        key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), data, *CODE]
+        key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), TRAIN, *CODE]
         resume = resume_folder("clip", *key)
         built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
     shutil.rmtree(RESUME / "clip")

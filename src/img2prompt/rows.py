@@ -28,10 +28,10 @@ class Row(NamedTuple):
 def read_rows(path: Path, columns: Sequence[str] | None = None, some: int | None = None) -> pd.DataFrame:
     """Read a table of rows, or some of its columns; unknown prompts, pictures and folds are None.
 
-    With `some` that many rows, evenly spread, some of them twice if there are fewer.
+    With `some` at most that many rows, evenly spread.
     """
     arrow = pq.read_table(path, columns=columns)
     if some:
-        arrow = arrow.take(np.linspace(0, len(arrow) - 1, some).astype(int))
+        arrow = arrow.take(np.linspace(0, len(arrow) - 1, min(some, len(arrow))).astype(int))
     table = arrow.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return table.astype(object).where(table.notna(), None)
