@@ -78,11 +78,13 @@ def contents(home: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def clear(home: Path) -> None:
-    """As in a fresh clone: no outputs, no cache, no runs to take results from."""
-    for path in (home / "outputs", home / ".dvc/cache", home / ".dvc/tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-    subprocess.run(["git", "checkout", "-q", "dvc.lock"], cwd=home, check=False)
+def clear(home: Path, names: list[str] | None = None) -> None:
+    """As in a fresh clone: no outputs, no cache, no runs to take results from. With `names` other outputs stay."""
+    places = ["outputs"] if names is None else [f"outputs/{name.replace(' ', '/fold_')}" for name in names]
+    for path in [*places, ".dvc/cache", ".dvc/tmp", *(["outputs/submission.csv"] if names else [])]:
+        (home / path).unlink() if (home / path).is_file() else shutil.rmtree(home / path, ignore_errors=True)
+    if names is None:
+        subprocess.run(["git", "checkout", "-q", "dvc.lock"], cwd=home, check=False)
 
 
 def watch(process: subprocess.Popen, home: Path, until: float | None, seen: dict[str, list[float]]) -> int:
@@ -138,9 +140,9 @@ def main() -> None:
         if process.poll() is not None:
             same = contents(home) == whole and not process.returncode
             how = "with the same bytes" if same else "with OTHER bytes"
-            print(f"    {stage}: the run ended {how} before its kill; from the start again", flush=True)
+            print(f"    {stage}: the run ended {how} before its kill; again from that stage", flush=True)
             failures += not same
-            clear(home)
+            clear(home, names[names.index(stage) :])
             continue
         hit = " + ".join(map(name, stages(home))) or "dvc between stages"
         target, kind = KILLS[kills % len(KILLS)]
