@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import psutil
+import yaml
 
 KILLS = [
     ("group", signal.SIGKILL), ("dvc", signal.SIGKILL), ("group", signal.SIGTERM), ("dvc", signal.SIGTERM),
@@ -78,13 +79,22 @@ def contents(home: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def clear(home: Path, names: list[str] | None = None) -> None:
-    """As in a fresh clone: no outputs, no cache, no runs to take results from. With `names` other outputs stay."""
-    places = ["outputs"] if names is None else [f"outputs/{name.replace(' ', '/fold_')}" for name in names]
-    for path in [*places, ".dvc/cache", ".dvc/tmp", *(["outputs/submission.csv"] if names else [])]:
-        (home / path).unlink() if (home / path).is_file() else shutil.rmtree(home / path, ignore_errors=True)
-    if names is None:
-        subprocess.run(["git", "checkout", "-q", "dvc.lock"], cwd=home, check=False)
+def clear(home: Path) -> None:
+    """As in a fresh clone: no outputs, no cache, no runs to take results from."""
+    for path in (home / "outputs", home / ".dvc/cache", home / ".dvc/tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    subprocess.run(["git", "checkout", "-q", "dvc.lock"], cwd=home, check=False)
+
+
+def forget(home: Path, names: list[str]) -> None:
+    """As if these stages had never run, and the others had."""
+    lock = yaml.safe_load((home / "dvc.lock").read_text())
+    for name in names:
+        lock["stages"].pop(name.replace(" ", "@"), None)
+        shutil.rmtree(home / "outputs" / name.replace(" ", "/fold_"), ignore_errors=True)
+    (home / "dvc.lock").write_text(yaml.safe_dump(lock))
+    shutil.rmtree(home / ".dvc/cache/runs", ignore_errors=True)
+    (home / "outputs/submission.csv").unlink(missing_ok=True)
 
 
 def watch(process: subprocess.Popen, home: Path, until: float | None, seen: dict[str, list[float]]) -> int:
@@ -142,7 +152,7 @@ def main() -> None:
             how = "with the same bytes" if same else "with OTHER bytes"
             print(f"    {stage}: the run ended {how} before its kill; again from that stage", flush=True)
             failures += not same
-            clear(home, names[names.index(stage) :])
+            forget(home, names[names.index(stage) :])
             continue
         hit = " + ".join(map(name, stages(home))) or "dvc between stages"
         target, kind = KILLS[kills % len(KILLS)]

@@ -40,7 +40,7 @@ def main() -> None:
     stored = pd.read_parquet("outputs/ensemble/cosines.parquet")
     targets = {split: np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")}
     models = read_models(params, fold)
-    names = members_of(params, models)
+    names = members_of(params)
     predictions = {
         "train": [models[name][0] for name in names],
         "test": [np.mean(models[name][1], axis=0) for name in names],

@@ -29,10 +29,15 @@ def main(params: Params) -> None:
     if threshold == 1:  # every row: not the cosines' affair, which rounding may put above 1 for equal prompts
         kept[threshold], pairs = np.ones(len(targets), dtype=bool), pairs.iloc[:0]
         texts_kept[threshold] = np.ones(len(texts), dtype=bool)
+    counts = [(level, int(mask.sum()), float(mask.mean())) for level, mask in kept.items()]
+    train, train_texts = kept[threshold], texts_kept[threshold]
+    if params.dedup.at_random:  # as many, but any
+        rng = np.random.default_rng(0)
+        train, train_texts = rng.permutation(train), rng.permutation(train_texts)
     with whole_folder(Path("outputs/dedup")) as out:
-        np.save(out / "kept.npy", kept[threshold])
+        np.save(out / "kept.npy", train)
         np.save(out / "scored.npy", kept[scored])
-        np.save(out / "texts_kept.npy", texts_kept[threshold])
+        np.save(out / "texts_kept.npy", train_texts)
         pd.DataFrame(
             {
                 "dropped": rows.id.to_numpy()[pairs.dropped],
@@ -42,9 +47,11 @@ def main(params: Params) -> None:
                 "cosine": pairs.cosine.round(7),
             }
         ).to_csv(out / "duplicates.csv", index=False)
-        counts = [(level, int(mask.sum()), float(mask.mean())) for level, mask in kept.items()]
         pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
-    print(f"kept {kept[threshold].sum()} of {len(targets)} prompts at cosine {threshold}")
+    print(
+        f"kept {train.sum()} of {len(targets)} prompts"
+        + (", at random" if params.dedup.at_random else f" at cosine {threshold}")
+    )
 
 
 if __name__ == "__main__":

@@ -23,18 +23,18 @@ def main(params: Params) -> None:
     """
     batch_size, where = params.embed_images.batch_size, device()
     # With augmentation the frozen layers see new pictures every epoch: nothing to keep.
-    keep = 0 if params.model_a.augmentation.on else params.model_a.unfreeze
+    keep = [0 if params.model_a.augmentation.on else params.model_a.layers(c) for c in range(len(params.clip.models))]
     tables = {name: read_rows(Path(f"outputs/prepare/{name}.parquet")) for name in ("train", "test", "texts")}
     views = ("plain", *params.model_a.tta)
     files = [Path(f"outputs/prepare/{name}.parquet") for name in tables]
-    files += [Path(f"outputs/clip/{number}/open_clip_model.safetensors") for number in range(len(params.clip.models))]
+    files += sorted(Path("outputs/clip").rglob("*.*"))
     # What the results depend on: a killed run goes on only if none of it has changed.
     resume = resume_folder("embed_images", f"{batch_size} {keep} {where}", *files, *CODE)
     found: dict[str, Path] = {}
-    for number in range(len(params.clip.models)):
+    for number, layers in enumerate(keep):
         model, folder = load_clip(Path(f"outputs/clip/{number}"), where), resume / str(number)
         for split, view in product(("train", "test"), views):
-            for file in embed_pictures(model, tables[split].picture, batch_size, where, folder, split, keep, view):
+            for file in embed_pictures(model, tables[split].picture, batch_size, where, folder, split, layers, view):
                 found[f"{number}/{file.name}"] = file
         for name in ("train", "texts"):
             file = embed_texts(model, tables[name].prompt, batch_size, where, folder / f"{name}_text")

@@ -1,7 +1,5 @@
 """ensemble: all members joined by weights found out of fold, and every model's scores."""
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -46,29 +44,26 @@ def read_model_a(files: str, clip: int, fold: np.ndarray, ids: list[int]) -> Pre
     return oof, [np.load(folder / f"{files}_test.npy", mmap_mode="r") for folder in folders]
 
 
-def members_of(params: Params, models: Iterable[str]) -> list[str]:
-    """Those of models that are in the ensemble: of every CLIP the kinds that params.yaml names."""
-    return [name for kind in params.ensemble.members for name in models if kind_of(name) == kind]
+def members_of(params: Params) -> list[str]:
+    """The names of the models that are in the ensemble: of the CLIPs that params.yaml names the kinds that it names."""
+    clips = range(len(params.clip.models)) if params.ensemble.clips == "all" else params.ensemble.clips
+    return [name_of(kind, clip) for kind in params.ensemble.members for clip in clips]
 
 
 def read_models(params: Params, fold: np.ndarray) -> dict[str, Predictions]:
-    """Of every CLIP Model A's family and Model B: by name, out of fold, and on test one or one a fold.
-
-    The first CLIP's models have plain names; those of a second one are ridge_1, clip_1, and so on.
-    """
+    """Of every CLIP Model A's family and Model B: by name, out of fold, and on test one or one a fold."""
     found = {}
     for clip in range(len(params.clip.models)):
-        end = f"_{clip}" if clip else ""
-        for name, files in MODEL_A.items():
-            found[name + end] = read_model_a(files, clip, fold, params.folds.ids)
+        for kind, files in MODEL_A.items():
+            found[name_of(kind, clip)] = read_model_a(files, clip, fold, params.folds.ids)
         knn = Path(f"outputs/knn/{clip}")
-        found[f"model_b{end}"] = np.load(knn / "oof.npy"), [np.load(knn / "test.npy")]
+        found[name_of("model_b", clip)] = np.load(knn / "oof.npy"), [np.load(knn / "test.npy")]
     return found
 
 
-def kind_of(name: str) -> str:
-    """A model's name without the number of its CLIP."""
-    return re.sub(r"_\d+$", "", name)
+def name_of(kind: str, clip: int) -> str:
+    """A model's name: the first CLIP's are plain, those of a second one are ridge_1, clip_1, and so on."""
+    return f"{kind}_{clip}" if clip else kind
 
 
 def main(params: Params) -> None:
@@ -91,8 +86,8 @@ def main(params: Params) -> None:
     oof = {name: found for name, (found, _) in models.items()}
     test = {name: np.mean(behind, axis=0) for name, (_, behind) in models.items()}
 
-    names = members_of(params, models)
-    family = np.array([kind_of(name) in MODEL_A for name in names])
+    names = members_of(params)
+    family = np.array([not name.startswith("model_b") for name in names])
     alpha = None if params.ensemble.alpha == "search" else params.ensemble.alpha
     members = Cosines.between([oof[name] for name in names], targets)
     searched = search_weights(members[scored], family)

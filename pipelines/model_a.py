@@ -16,7 +16,7 @@ from img2prompt.clip import load_clip, projection, tower, unfrozen, view
 from img2prompt.device import device
 from img2prompt.images import Drawn, Pictures, stem
 from img2prompt.model_a import Inputs, LinearHead, Stored, TextPrior, predict, ridge, train
-from img2prompt.params import ModelA, Params
+from img2prompt.params import Params
 from img2prompt.rows import read_rows
 from img2prompt.storage import RESUME, digest, whole_folder
 from pipelines import run
@@ -24,16 +24,29 @@ from pipelines import run
 # What a fold's weights depend on, beside its params: a killed run resumes only if none of it has changed.
 DATA = [
     "prepare/train.parquet", "prepare/test.parquet", "embed_prompts/train.npy", "embed_prompts/augmented.npy",
-    "dedup/kept.npy", "folds/folds.parquet",
+    "embed_prompts/texts.npy", "dedup/kept.npy", "dedup/texts_kept.npy", "folds/folds.parquet", "folds/texts.npy",
 ]  # fmt: skip
 CODE = [Path(file) for file in (clip.__file__, images.__file__, model_a.__file__, __file__)]
 
 
-def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray, resume: Path, out: Path) -> None:
+def text_prior(
+    embedded: Path, matrix: torch.Tensor, targets: np.ndarray, rows: np.ndarray, unseen: list[int]
+) -> TextPrior:
+    """What the prompts of rows say, and those without pictures but for any near a prompt of the folds `unseen`.
+
+    `embedded` has CLIP's texts, `matrix` is its projection, targets (n, 384); folds by their place in params.yaml.
+    """
+    more = np.load("outputs/dedup/texts_kept.npy") & ~np.load("outputs/folds/texts.npy")[:, unseen].any(axis=1)
+    texts = [np.load(embedded / "train_text.npy")[rows], np.load(embedded / "texts_text.npy")[more]]
+    spoken = [targets[rows], np.load("outputs/embed_prompts/texts.npy")[more]]
+    return TextPrior(*(torch.from_numpy(np.concatenate(parts)) for parts in (texts, spoken)), matrix)
+
+
+def train_clip(number: int, held_out: int, params: Params, targets: np.ndarray, resume: Path, out: Path) -> None:
     """Train both heads on one CLIP and write what `main` says."""
-    where, embedded = device(), Path(f"outputs/embed_images/{number}")
+    section, where, embedded = params.model_a, device(), Path(f"outputs/embed_images/{number}")
     loaded = load_clip(Path(f"outputs/clip/{number}"), "cpu")
-    layers = tower(loaded.model.visual)
+    layers, unfreeze = tower(loaded.model.visual), section.layers(number)
     table = pd.read_parquet("outputs/folds/folds.parquet")
     fold, group = table.fold.to_numpy(), table.group.to_numpy()
     rows = np.flatnonzero(np.load("outputs/dedup/kept.npy") & (fold != held_out))
@@ -50,8 +63,8 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
 
     def inputs(split: str) -> list[Inputs]:
         if not section.augmentation.on:
-            return stored(split, "frozen" if section.unfreeze else "pooled")
-        frozen = layers[: len(layers) - section.unfreeze]
+            return stored(split, "frozen" if unfreeze else "pooled")
+        frozen = layers[: len(layers) - unfreeze]
         references = read_rows(Path(f"outputs/prepare/{split}.parquet")).picture
         drawn = [Pictures(references, view(loaded, seen), section.augmentation, section.seed) for seen in views]
         return [Drawn(pictures, frozen, where) for pictures in drawn]
@@ -62,8 +75,8 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
     wanted = torch.from_numpy(targets[0, rows])
     prior = None
     if section.pretrain:
-        texts = torch.from_numpy(np.load(embedded / "train_text.npy")[rows])
-        prior = TextPrior(texts, wanted, projection(loaded.model.visual, pooled.shape[1]))
+        matrix = projection(loaded.model.visual, pooled.shape[1])
+        prior = text_prior(embedded, matrix, targets[0], rows, [params.folds.ids.index(held_out)])
     start = ridge(torch.from_numpy(pooled[rows]), wanted, group[rows], prior)
     print(f"fold {held_out}, clip {number}, ridge: strength {start.strength:.0f}, prior {start.share:.2f}")
     for name, split, wanted in predicted:
@@ -72,7 +85,7 @@ def train_clip(number: int, held_out: int, section: ModelA, targets: np.ndarray,
         np.save(out / f"start_{name}.npy", found)
     sources = {split: inputs(split) for split in ("train", "test")}
     for kind, rates in (("clip", section.baseline), ("model_a", section)):
-        last = copy.deepcopy(unfrozen(layers, section.unfreeze))
+        last = copy.deepcopy(unfrozen(layers, unfreeze))
         head, history = train(
             kind, start, pooled, sources["train"][0], last, targets, rows, watched, section, rates,
             (section.seed, held_out), where, resume, prompts,
@@ -97,7 +110,7 @@ def main(params: Params) -> None:
     )
     data = [Path("outputs", name) for name in DATA]
     keys = [
-        digest(section.model_dump_json(), device(), *data, Path(f"outputs/clip/{c}/open_clip_model.safetensors"), *CODE)
+        digest(section.model_dump_json(), device(), *data, *sorted(Path(f"outputs/clip/{c}").rglob("*.*")), *CODE)
         for c in range(len(params.clip.models))
     ]
     resume = RESUME / f"model_a/fold_{held_out}"
@@ -107,7 +120,7 @@ def main(params: Params) -> None:
     with whole_folder(Path(f"outputs/model_a/fold_{held_out}")) as out:
         for number, key in enumerate(keys):
             (out / str(number)).mkdir()
-            train_clip(number, held_out, section, targets, resume / key, out / str(number))
+            train_clip(number, held_out, params, targets, resume / key, out / str(number))
     shutil.rmtree(resume)
 
 

@@ -24,11 +24,12 @@ from img2prompt.clip import load_clip, projection, tower, unfrozen
 from img2prompt.device import device
 from img2prompt.images import stem
 from img2prompt.metric import bootstrap_interval, cosine
-from img2prompt.model_a import Ridge, Stored, TextPrior, predict, ridge, train
+from img2prompt.model_a import Ridge, Stored, predict, ridge, train
 from img2prompt.params import Params, Rates
 from img2prompt.progress import progress
 from img2prompt.storage import RESUME, digest, whole
 from pipelines import run
+from pipelines.model_a import text_prior
 
 # Each around what is best so far, from the values of params.yaml on.
 GRIDS: dict[str, dict[str, list[object]]] = {
@@ -69,7 +70,8 @@ def main(params: Params) -> None:
     asked, section, where = arguments(), params.model_a, device()
     if unknown := set(asked.grids) - set(GRIDS):
         raise ValueError(f"no grid {', '.join(sorted(unknown))}: choose from {', '.join(GRIDS)}")
-    if section.augmentation.on or not section.unfreeze:
+    unfreeze = section.layers(asked.clip)
+    if section.augmentation.on or not unfreeze:
         raise ValueError("model_a: the search wants unfreeze above 0 and augmentation off, as it is pinned")
     embedded = Path(f"outputs/embed_images/{asked.clip}")
     pooled = np.load(embedded / "train_pooled.npy")
@@ -82,7 +84,7 @@ def main(params: Params) -> None:
     fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
     visual = load_clip(Path(f"outputs/clip/{asked.clip}"), "cpu").model.visual
-    texts, layers = np.load(embedded / "train_text.npy"), tower(visual)
+    layers = tower(visual)
     folds = asked.folds or ids
     if len(ids) < 3:
         raise ValueError(f"folds.ids: {ids}: inner splits take three folds: to predict, to score on, to train on")
@@ -104,13 +106,14 @@ def main(params: Params) -> None:
         wanted = torch.from_numpy(targets[0, rows])
         prior = None
         if pretrain:
-            prior = TextPrior(torch.from_numpy(texts[rows]), wanted, projection(visual, pooled.shape[1]))
+            unseen = [ids.index(held_out), ids.index(inner[held_out])]
+            prior = text_prior(embedded, projection(visual, pooled.shape[1]), targets[0], rows, unseen)
         return ridge(torch.from_numpy(pooled[rows]), wanted, group[rows], prior)
 
     def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
         rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
         changed = section.model_copy(update=setting)
-        last = copy.deepcopy(unfrozen(layers, section.unfreeze))
+        last = copy.deepcopy(unfrozen(layers, unfreeze))
         folder = RESUME / "search" / digest(repr((kind, held_out, seed, setting)))
         rows = watched[held_out]
         head, _ = train(

@@ -263,7 +263,7 @@ def test_the_table(home, monkeypatch):
     monkeypatch.setattr(table, "experiment", experiment)
     monkeypatch.setattr(table, "read_cosines", lambda name: made[name][0])
     stage("table", "model_a.dropout=0.1")
-    assert len(made) == len(asked) == 7  # 13 rows
+    assert len(made) == len(asked) == 9  # 15 rows
     assert all("model_a.dropout=0.1" in settings for settings in asked)
 
     found = pd.read_csv("outputs/table/table.csv")
@@ -289,6 +289,11 @@ def test_the_table(home, monkeypatch):
     assert by_name.seconds["CLIP"] > 0
     text = Path("outputs/table/table.md").read_text()
     assert "| 0.5961 |" in text
+    assert "trained for as long" in text
+    at_random = made["table-ours-clip-as-many-rows-at-random"][0]
+    gain = made["table-clip-filter-2-0-85"][0]["clip"].astype(float) - at_random["clip"]
+    on = at_random.scored & (at_random.split == "train")
+    assert f"trained for as long: {gain[on].mean():+.4f} [" in text
     assert f"| Ensemble | {by_name.test['Ensemble']:.4f} | {by_name.oof['Ensemble']:.4f} |" in text
     assert Path("outputs/table/table.png").is_file()
     Path("params.yaml").write_text(default)
@@ -413,6 +418,7 @@ def test_several_clips_and_views(home, tiny_clip):
     change(
         clip={"model": [str(tiny_clip), str(tiny_clip)], "image_size": [None, 64]},
         model_a={
+            "unfreeze": [2, 0],
             "pretrain": True,
             "tta": ["flip", "larger"],
             "tower_epochs": 1,
@@ -429,6 +435,8 @@ def test_several_clips_and_views(home, tiny_clip):
     }
     assert all(array.shape == (60, 32) for array in seen.values())
     assert len({array.tobytes() for array in seen.values()}) == 6
+    assert Path("outputs/embed_images/0/train_frozen.npy").exists()
+    assert not Path("outputs/embed_images/1/train_frozen.npy").exists()  # its tower does not train
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     for name in ("start", "clip", "model_a"):
         first, second = (np.load(f"outputs/model_a/fold_3/{clip}/{name}_oof.npy") for clip in (0, 1))
@@ -446,6 +454,10 @@ def test_several_clips_and_views(home, tiny_clip):
         np.load("outputs/model_a/fold_3/1/clip_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
     )
     assert np.allclose(pd.read_parquet("outputs/ensemble/cosines.parquet").clip_1[:60][fold == 3], expected, atol=1e-6)
+    change(ensemble={"clips": [1]})
+    chain(["ensemble"])
+    assert pd.read_csv("outputs/ensemble/members.csv").member.tolist() == [f"{kind}_1" for kind in kinds]
+    change(ensemble={"clips": "all"})
 
 
 def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
@@ -453,6 +465,10 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home):
         stage("search")
     change(folds={"ids": [3, 7, 9]})
     chain(["folds"])
+    with pytest.raises(ValueError, match="the search wants unfreeze above 0"):
+        stage("search", "--clip", "1")
+    change(model_a={"unfreeze": [2, 1]})
+    chain(["embed_images"])
     stage("search", "wise", "tta", "--apart", "--folds", "3", "--seeds", "2", "--clip", "1")
     table = pd.read_csv("outputs/search.csv")
     model_a = table[table["head"] == "model_a"].set_index("changed")
@@ -496,6 +512,20 @@ def test_the_competitions_public_sample_is_predicted_and_trained_on(home, tmp_pa
     monkeypatch.chdir(home)
 
 
+def test_as_many_rows_at_random_are_the_filters_control(home):
+    kept, scored = Path("outputs/dedup/kept.npy"), Path("outputs/dedup/scored.npy")
+    filtered, before = np.load(kept), (scored.read_bytes(), Path("outputs/dedup/thresholds.csv").read_bytes())
+    change(dedup={"at_random": True})
+    chain(["dedup"])
+    at_random = np.load(kept)
+    assert at_random.sum() == filtered.sum() < len(filtered)
+    assert not np.array_equal(at_random, filtered)
+    assert (scored.read_bytes(), Path("outputs/dedup/thresholds.csv").read_bytes()) == before
+    change(dedup={"at_random": False})
+    chain(["dedup"])
+    assert np.array_equal(np.load(kept), filtered)
+
+
 def test_prompts_without_pictures_leave_folds_and_pictures_rows_as_they_are(home, tmp_path, monkeypatch):
     files = ["folds/folds.parquet", "dedup/kept.npy", "dedup/scored.npy", "prepare/train.parquet"]
     before = {name: (home / "outputs" / name).read_bytes() for name in files}
@@ -514,4 +544,11 @@ def test_prompts_without_pictures_leave_folds_and_pictures_rows_as_they_are(home
     assert not near[60:].any()
     used = np.load("outputs/knn/0/oof_text_rows.npy")
     assert (used >= 60 + 60).any()
+    # They have their say in the text prior too.
+    change(model_a={"pretrain": True})
+    chain(["model_a"])
+    with_texts = np.load("outputs/model_a/fold_3/0/start_oof.npy")
+    change(prepare={"train": ["input/train"]})
+    chain(["prepare", "embed_prompts", "dedup", "folds", "embed_images", "model_a"])
+    assert not np.array_equal(np.load("outputs/model_a/fold_3/0/start_oof.npy"), with_texts)
     monkeypatch.chdir(home)

@@ -63,6 +63,10 @@ def test_default_is_valid():
         ("model_a__tta", ["mirror"], "model_a.tta.0"),
         ("model_a__layer_decay", 0, "model_a.layer_decay"),
         ("model_a__wise", 1.5, "model_a.wise"),
+        ("model_a__unfreeze", [-1], "model_a.unfreeze"),
+        ("ensemble__clips", [], "ensemble.clips"),
+        ("ensemble__clips", [0, 0], "ensemble"),
+        ("ensemble__clips", "first", "ensemble.clips"),
         ("clip__model", [], "clip.model"),
         ("clip__model", ["sample", "sample"], "clip"),
         ("clip__pretrained", ["openai", "openai"], "clip"),
@@ -114,6 +118,16 @@ def test_one_clip_or_several_with_one_tag_for_all_or_one_each(tmp_path):
     assert load_params(several).clip.models == [("ViT-B-32", "openai", None), ("sample:lite1", None, None)]
     sizes = written(tmp_path, clip__model=["sample", "sample:lite1"], clip__image_size=160)
     assert load_params(sizes).clip.models == [("sample", None, 160), ("sample:lite1", None, 160)]
+
+
+def test_sections_that_do_not_go_together_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model_a\.unfreeze lists 2 values for the 1 of clip\.model"):
+        load_params(written(tmp_path, model_a__unfreeze=[5, 0]))
+    with pytest.raises(ValueError, match=r"ensemble\.clips: \[0, 2\]: clip\.model has the numbers 0 to 1"):
+        load_params(written(tmp_path, clip__model=["sample", "sample:lite1"], ensemble__clips=[0, 2]))
+    each = load_params(written(tmp_path, clip__model=["sample", "sample:lite1"], model_a__unfreeze=[5, 0])).model_a
+    assert (each.layers(0), each.layers(1)) == (5, 0)
+    assert load_params(written(tmp_path, model_a__unfreeze=3)).model_a.layers(7) == 3
 
 
 def test_a_source_is_a_path_or_names_its_columns(tmp_path):

@@ -14,6 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Cosine = Annotated[float, Field(gt=0, lt=1)]
+Layers = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -74,10 +75,14 @@ class EmbedPrompts(Section):
 
 
 class Dedup(Section):
-    """Cosine above which of two prompts one is dropped: from training (at 1, none is), and from scoring."""
+    """Cosine above which of two prompts one is dropped: from training (at 1, none is), and from scoring.
+
+    `at_random` trains on as many rows drawn at random: the filter's control.
+    """
 
     threshold: Annotated[float, Field(gt=0, le=1)]
     scored: Cosine
+    at_random: bool
 
 
 class Folds(Section):
@@ -166,10 +171,13 @@ class Augmentation(Section):
 
 
 class ModelA(Rates):
-    """Training of the paper's head (the inherited keys) and of the baseline head (`baseline`)."""
+    """Training of the paper's head (the inherited keys) and of the baseline head (`baseline`).
+
+    `unfreeze` is one for all CLIPs or one each: `layers`.
+    """
 
     seed: Seed
-    unfreeze: Annotated[int, Field(ge=0)]
+    unfreeze: Layers | list[Layers]
     batch_size: Count
     accumulate: Count
     weight_decay: Annotated[float, Field(ge=0)]
@@ -193,6 +201,10 @@ class ModelA(Rates):
             raise ValueError("tta names a view twice")
         return self
 
+    def layers(self, clip: int) -> int:
+        """How many layers of a CLIP's tower train, by its number."""
+        return self.unfreeze[clip] if isinstance(self.unfreeze, list) else self.unfreeze
+
 
 class Knn(Section):
     """Model B: which keys, how many neighbours, and how their weight falls with the distance."""
@@ -205,15 +217,18 @@ class Knn(Section):
 
 
 class Ensemble(Section):
-    """Who is in the mix, and what share of the weights Model A's family has."""
+    """Who is in the mix, of which CLIPs, and what share of the weights Model A's family has."""
 
     members: Annotated[list[Literal["model_a", "clip", "ridge", "model_b"]], Field(min_length=2)]
+    clips: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"]
     alpha: Share | Literal["search"]
 
     @model_validator(mode="after")
     def _both_families(self) -> Self:
         if len(set(self.members)) < len(self.members):
             raise ValueError("members names one twice")
+        if self.clips != "all" and len(set(self.clips)) < len(self.clips):
+            raise ValueError("clips names one twice")
         if "model_b" not in self.members:
             raise ValueError("members lacks model_b: alpha weighs the others, Model A's family, against it")
         return self
@@ -232,6 +247,17 @@ class Params(Section):
     knn: Knn
     ensemble: Ensemble
 
+    @model_validator(mode="after")
+    def _matching(self) -> Self:
+        count, unfreeze, clips = len(self.clip.models), self.model_a.unfreeze, self.ensemble.clips
+        if isinstance(unfreeze, list) and len(unfreeze) != count:
+            raise ValueError(
+                f"model_a.unfreeze lists {len(unfreeze)} values for the {count} of clip.model: one each, or one for all"
+            )
+        if clips != "all" and max(clips) >= count:
+            raise ValueError(f"ensemble.clips: {clips}: clip.model has the numbers 0 to {count - 1}")
+        return self
+
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and check the whole of params.yaml.
@@ -244,7 +270,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         return Params.model_validate(_numbers(values))
     except ValidationError as error:
-        lines = [f"  {_key(e['loc'])}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()]
+        lines = [
+            f"  {_key(e['loc'])}: {e['msg']} (got {e['input']!r:.80})" if e["loc"] else f"  {e['msg']}"
+            for e in error.errors()
+        ]
         raise ValueError(f"{path}: fix these keys\n" + "\n".join(lines)) from None
 
 
