@@ -75,7 +75,6 @@ ROWS = [
 ]
 OURS = [
     Row("ours: CLIP, as many rows at random", "clip", PAPER | BASELINE | {"dedup.at_random": "true"}),
-    Row("ours: ensemble on one CLIP", "ensemble", {"ensemble.clips": "[0]"}),
     Row("ours: ridge regression", "ridge", {}),
     Row("ours: ensemble", "ensemble", {}),
 ]

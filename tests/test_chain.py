@@ -263,7 +263,7 @@ def test_the_table(home, monkeypatch):
     monkeypatch.setattr(table, "experiment", experiment)
     monkeypatch.setattr(table, "read_cosines", lambda name: made[name][0])
     stage("table", "model_a.dropout=0.1")
-    assert len(made) == len(asked) == 9  # 15 rows
+    assert len(made) == len(asked) == 8  # 14 rows
     assert all("model_a.dropout=0.1" in settings for settings in asked)
 
     found = pd.read_csv("outputs/table/table.csv")
@@ -482,6 +482,7 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home, tiny_c
     assert model_a.loc["tta=['flip']", "score"] != model_a.loc["nothing", "score"]
     assert model_a.loc["nothing", ["gain", "low", "high"]].tolist() == [0, 0, 0]
     assert (model_a.low <= model_a.gain).all()
+    assert (model_a.lowest_seed <= model_a.gain).all()
     assert (model_a.gain <= model_a.high).all()
     assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
     with pytest.raises(ValueError, match="no grid everything: choose from rates"):
