@@ -77,6 +77,7 @@ OURS = [
     Row("ours: CLIP, as many rows at random", "clip", PAPER | BASELINE | {"dedup.at_random": "true"}),
     Row("ours: ridge regression", "ridge", {}),
     Row("ours: ensemble", "ensemble", {}),
+    Row("ours: ensemble on every row", "ensemble", {"dedup.threshold": "1"}),
 ]
 NOTES = """
 - `test` and `oof` (out of fold; `std` over folds) are mean cosines on the same pictures in every row: the same folds,

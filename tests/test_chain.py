@@ -263,7 +263,7 @@ def test_the_table(home, monkeypatch):
     monkeypatch.setattr(table, "experiment", experiment)
     monkeypatch.setattr(table, "read_cosines", lambda name: made[name][0])
     stage("table", "model_a.dropout=0.1")
-    assert len(made) == len(asked) == 8  # 14 rows
+    assert len(made) == len(asked) == 9  # 15 rows
     assert all("model_a.dropout=0.1" in settings for settings in asked)
 
     found = pd.read_csv("outputs/table/table.csv")
