@@ -1,6 +1,6 @@
 """Reading each layout: rows a second, and peak memory with 10,000 and with 100,000 pictures.
 
-    python bench/prepare.py --folder /tmp/layouts
+    PYTHONPATH=src python bench/prepare.py --folder /tmp/layouts
 
 Pictures are JPEGs of 64 x 64, made in --folder once; every one is decoded, as `prepare` does. Each reading is a process
 of its own, so that its peak memory is its own. Memory that grew with the pictures would grow tenfold.

@@ -199,7 +199,7 @@ def main(params: Params) -> None:
     table = results(rows).assign(seconds=seconds)
     ours = cosines[name_of(OURS[-1])]
     models = [name for name in ours.columns if name.startswith(("model_", "clip", "ridge"))]
-    gains = f"{filter_gain(rows)}\nours, {gain_over_best_member(ours, models)}"
+    gains = f"{filter_gain(rows)}\n{OURS[-1].name}, {gain_over_best_member(ours, models)}"
     report = f"{report_of(table)}\n{gains}{NOTES}"
     with whole_folder(SECONDS.parent) as out:
         write_json(out / SECONDS.name, took)
