@@ -297,7 +297,7 @@ def test_the_table(home, monkeypatch):
     assert f"| Ensemble | {by_name.test['Ensemble']:.4f} | {by_name.oof['Ensemble']:.4f} |" in text
     assert Path("outputs/table/table.png").is_file()
     Path("params.yaml").write_text(default)
-    chain(["model_a", "knn", "ensemble"])
+    chain(["dedup", "model_a", "knn", "ensemble"])
 
 
 def test_augmentation_of_pictures_and_prompts_runs_and_is_reproducible(home):
