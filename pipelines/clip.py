@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from img2prompt import render, sample_clip
+from img2prompt import efficientnet, render, sample_clip
 from img2prompt.clip import materialise
 from img2prompt.device import device
 from img2prompt.encoder import Encoder
@@ -18,7 +18,7 @@ from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
 TRAIN = Path("outputs/prepare/train.parquet")
-CODE = [Path(file) for file in (sample_clip.__file__, render.__file__)]
+CODE = [Path(file) for file in (sample_clip.__file__, efficientnet.__file__, render.__file__)]
 
 
 def some_pictures(count: int) -> list[str]:

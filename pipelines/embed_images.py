@@ -4,7 +4,7 @@ import shutil
 from itertools import product
 from pathlib import Path
 
-from img2prompt import clip, images
+from img2prompt import clip, efficientnet, images
 from img2prompt.clip import embed_texts, load_clip
 from img2prompt.device import device
 from img2prompt.images import embed_pictures
@@ -13,7 +13,7 @@ from img2prompt.rows import read_rows
 from img2prompt.storage import RESUME, resume_folder, whole_folder
 from pipelines import run
 
-CODE = [Path(file) for file in (clip.__file__, images.__file__, __file__)]
+CODE = [Path(file) for file in (clip.__file__, efficientnet.__file__, images.__file__, __file__)]
 
 
 def main(params: Params) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from img2prompt import clip, images, model_a
+from img2prompt import clip, efficientnet, images, model_a
 from img2prompt.clip import load_clip, projection, tower, unfrozen, view
 from img2prompt.device import device
 from img2prompt.images import Drawn, Pictures, stem
@@ -26,7 +26,7 @@ DATA = [
     "prepare/train.parquet", "prepare/test.parquet", "embed_prompts/train.npy", "embed_prompts/augmented.npy",
     "embed_prompts/texts.npy", "dedup/kept.npy", "dedup/texts_kept.npy", "folds/folds.parquet", "folds/texts.npy",
 ]  # fmt: skip
-CODE = [Path(file) for file in (clip.__file__, images.__file__, model_a.__file__, __file__)]
+CODE = [Path(file) for file in (clip.__file__, efficientnet.__file__, images.__file__, model_a.__file__, __file__)]
 
 
 def text_prior(

@@ -22,6 +22,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from img2prompt import efficientnet
 from img2prompt.progress import progress
 from img2prompt.storage import grow
 
@@ -154,9 +155,7 @@ def tower(visual: nn.Module) -> nn.Sequential:
         return nn.Sequential(_Embed(visual), *visual.transformer.resblocks, _Pool(visual))
     trunk = getattr(visual, "trunk", None)
     if isinstance(trunk, timm.models.EfficientNet):
-        stem = nn.Sequential(trunk.conv_stem, trunk.bn1)
-        head = nn.Sequential(trunk.conv_head, trunk.bn2, trunk.global_pool)
-        return nn.Sequential(stem, *(block for stage in trunk.blocks for block in stage), head)
+        return nn.Sequential(*efficientnet.layers(trunk))
     return nn.Sequential(trunk if trunk is not None else visual)
 
 
