@@ -477,7 +477,7 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home, tiny_c
     stage("search", "wise", "tta", "--apart", "--folds", "3", "--seeds", "2", "--clip", "1")
     table = pd.read_csv("outputs/search.csv")
     model_a = table[table["head"] == "model_a"].set_index("changed")
-    wise, views = ("wise=0.8",), ("tta=['flip']", "tta=['larger']", "tta=['flip', 'larger']")
+    wise, views = ("wise=0.8", "wise=0.6"), ("tta=['flip']", "tta=['larger']", "tta=['flip', 'larger']")
     assert set(model_a.index) == {"nothing", *wise, *views}
     assert model_a.loc["tta=['flip']", "score"] != model_a.loc["nothing", "score"]
     assert model_a.loc["nothing", ["gain", "low", "high"]].tolist() == [0, 0, 0]
@@ -485,7 +485,7 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home, tiny_c
     assert (model_a.lowest_seed <= model_a.gain).all()
     assert (model_a.gain <= model_a.high).all()
     assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
-    with pytest.raises(ValueError, match="no grid everything: choose from rates"):
+    with pytest.raises(ValueError, match="no grid everything: choose from lr_tower"):
         stage("search", "everything")
     change(folds={"ids": [3, 7]})
     chain(["folds"])
