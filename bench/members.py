@@ -29,6 +29,11 @@ def joined(first: float, second: float, likeness: float) -> float:
     return float(to_target @ weights / np.sqrt(weights @ gram @ weights))
 
 
+def limit(score: float, likeness: float) -> float:
+    """What the mean of ever more members of this score tends to, any two of which have errors of this cosine."""
+    return score / np.sqrt(score**2 + (1 - score**2) * likeness)
+
+
 def show(title: str, values: np.ndarray, names: list[str]) -> None:
     print(f"\n{title}")
     print(pd.DataFrame(values, names, names).round(3).to_string())
@@ -82,6 +87,9 @@ def main() -> None:
             "\nwhat one more member would add to the ensemble, by its score and its errors' likeness to the ensemble's"
         )
         print(pd.DataFrame(table, [f"likeness {like}" for like in (0.9, 0.8, 0.7, 0.5)]).T.round(4).to_string())
+        top = own[:, best].mean()
+        gains = ", ".join(f"{like}: {limit(top, like) - top:+.4f}" for like in (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8))
+        print(f"\never more members as good as the best, by how alike any two err, gain over it at most\n{gains}")
 
 
 if __name__ == "__main__":
