@@ -33,8 +33,8 @@ from pipelines.model_a import text_prior
 
 # The values tried of each param, around what is best so far, from the values of params.yaml on.
 GRIDS: dict[str, list[object]] = {
-    "lr_tower": [1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3],  # from what a public CLIP wants to what the sample's does
     "lr_head": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3],
+    "lr_tower": [1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3],  # from what a public CLIP wants to what the sample's does
     "tower_epochs": [2, 3, 4, 6],
     "head_epochs": [0, 2],  # LP-FT
     "batch_size": [16, 32, 64],

@@ -485,7 +485,7 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(home, tiny_c
     assert (model_a.lowest_seed <= model_a.gain).all()
     assert (model_a.gain <= model_a.high).all()
     assert not Path("outputs/.resume/search").exists() or not any(Path("outputs/.resume/search").iterdir())
-    with pytest.raises(ValueError, match="no grid everything: choose from lr_tower"):
+    with pytest.raises(ValueError, match="no grid everything: choose from lr_head"):
         stage("search", "everything")
     change(folds={"ids": [3, 7]})
     chain(["folds"])
