@@ -94,7 +94,7 @@ def _slow(x: Tensor, conv: nn.Conv2d) -> bool:
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution whose weights' gradient is a matrix product over pairs of positions.
 
-    oneDNN's own takes most of a training step: on maps of 4 x 4, thirty times as long as this.
+    oneDNN's own takes two fifths of a training step: on maps of 4 x 4, some thirty times as long as this.
     """
 
     @staticmethod
