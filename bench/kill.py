@@ -69,8 +69,9 @@ def contents(home: Path) -> dict[str, dict[str, str]]:
     """Digests of the files of every output that a stage declares and that is there."""
     outputs = home / "outputs"
     found = {}
-    for out in sorted([*outputs.glob("*"), *outputs.glob("model_a/*")]):
-        if out.name in {".resume", ".lock", "model_a"} or out.suffix == ".partial":
+    parted = ("embed_prompts", "model_a")  # declared file by file, fold by fold
+    for out in sorted([*outputs.glob("*"), *(part for name in parted for part in outputs.glob(f"{name}/*"))]):
+        if out.name in {".resume", ".lock", *parted} or out.suffix == ".partial":
             continue
         files = [out] if out.is_file() else [file for file in sorted(out.rglob("*")) if file.is_file()]
         found[str(out.relative_to(outputs))] = {
