@@ -62,7 +62,10 @@ def outputs(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", list(STAGES)[1:])
 def test_no_stage_needs_a_file_within_a_folder_that_dvc_tracks_as_one(stage):
-    """In a clone whose cache has not what dvc.lock says, `dvc exp run --temp` then fails at the stage that needs it."""
+    """In a clone whose cache has not what dvc.lock says, `dvc exp run --temp` then fails at the stage that needs it.
+
+    But for files of the first stage: DVC first asks what a folder holds when that stage is done.
+    """
     folders = tuple(path for path in outputs(stage) if path.endswith("/"))
     needed = [dep for other in STAGES for dep in STAGES[other]["deps"] if dep not in folders]
     assert not [dep for dep in needed if dep.startswith(folders)]
