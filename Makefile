@@ -7,39 +7,43 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test lint search compare table
+.PHONY: help setup check submission test test-slow lint search compare table
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): requirements.txt constraints.txt
+$(STAMP): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 setup: $(STAMP)  ## make .venv from requirements.txt, if needed
 
 check: $(STAMP)  ## check params.yaml
-	@python -m pipelines
+	@img2prompt check
 
 submission: check  ## run the pipeline to outputs/submission.csv and show the scores
 	dvc repro
 	@cat outputs/ensemble/scores.md
 
-test: check  ## run the tests
-	python -m pytest
+test: check  ## run the tests, but for the slow ones
+	python -m pytest -m "not slow"
+
+test-slow: check  ## run the slow tests
+	python -m pytest -m slow
 
 lint: $(STAMP)  ## check the style
 	ruff check
 	ruff format --check
 
 search: check  ## find Model A's epochs and rates on inner splits of the training folds
-	python -m pipelines.search $(ARGS)
+	img2prompt search $(ARGS)
 
 A ?= HEAD
 B ?= workspace
 compare: check  ## A=exp1 B=exp2: two experiments picture by picture (or git revisions, or workspace)
-	python -m pipelines.compare $(A) $(B)
+	img2prompt compare $(A) $(B)
 
 table: check  ## the paper's table on your data; SET='knn.k=50 ...' sets params for every row
-	python -m pipelines.table $(SET)
+	img2prompt table $(SET)

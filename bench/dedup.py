@@ -1,7 +1,7 @@
 """Exact deduplication against what people use: interleaved runs, medians, peak memory, equal results or not.
 
-    PYTHONPATH=src python bench/dedup.py --n 20000 --runs 3
-    PYTHONPATH=src python bench/dedup.py --n 90000 --runs 1 --skip naive sklearn faiss-topk
+    python bench/dedup.py --n 20000 --runs 3
+    python bench/dedup.py --n 90000 --runs 1 --skip naive sklearn faiss-topk
 
 Each run is a process of its own, so that its peak memory is its own. faiss takes part where it is installed.
 """
@@ -36,13 +36,13 @@ def clustered(n: int, d: int = 384, seed: int = 0) -> np.ndarray:
 
 
 def ours(rows: np.ndarray, threshold: float) -> np.ndarray:
-    from img2prompt.dedup import deduplicate
+    from img2prompt.prompts.dedup import deduplicate
 
     return deduplicate(rows, threshold).kept[0]
 
 
 def ours_seven(rows: np.ndarray, threshold: float) -> np.ndarray:
-    from img2prompt.dedup import deduplicate
+    from img2prompt.prompts.dedup import deduplicate
 
     result = deduplicate(rows, threshold, also=SEVEN)
     return result.kept[result.thresholds.index(threshold)]

@@ -1,6 +1,6 @@
 """The search for weights against recomputing every mix: interleaved runs, medians, ratios, deviation.
 
-PYTHONPATH=src python bench/ensemble.py --rows 60000 --members 6 --runs 3
+python bench/ensemble.py --rows 60000 --members 6 --runs 3
 """
 
 import argparse
@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from img2prompt.ensemble import Cosines, alpha_curve, search_weights
+from img2prompt.ensemble.weights import Cosines, alpha_curve, search_weights
 
 
 def recompute(members: list[np.ndarray], targets: np.ndarray, weights: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """KNN regression against what people use: interleaved runs, medians, ratios, deviations, peak memory.
 
-    PYTHONPATH=src python bench/knn.py --queries 16000 --keys 60000 --runs 3
-    PYTHONPATH=src python bench/knn.py --queries 2000 --keys 60000 --k 1024 --skip sklearn
+    python bench/knn.py --queries 16000 --keys 60000 --runs 3
+    python bench/knn.py --queries 2000 --keys 60000 --k 1024 --skip sklearn
 
 Each run is a process of its own, so that its peak memory is its own; a small run before it pays for imports.
 On a busy machine compare CPU seconds under OMP_NUM_THREADS=1: threads that wait for others spin.
@@ -27,7 +27,8 @@ def pictures(n: int, d: int, rng: np.random.Generator, centres: np.ndarray) -> n
 
 
 def ours(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
-    from img2prompt.knn import nearest, regress
+    from img2prompt.model_b.neighbours import nearest
+    from img2prompt.model_b.regression import regress
 
     return regress(nearest(queries, keys, k), targets, k, POWER, EPS, 1.0)
 
@@ -55,7 +56,9 @@ def cdist(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) ->
 
 def grid(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) -> float:
     """Seconds of the search alone; the neighbours are found before the clock starts."""
-    from img2prompt.knn import DISTANCE_DIM_GRID, K_GRID, grid_scores, nearest
+    from img2prompt.model_b.choice import DISTANCE_DIM_GRID, K_GRID
+    from img2prompt.model_b.neighbours import nearest
+    from img2prompt.model_b.regression import grid_scores
 
     neighbours = nearest(queries, keys, k)
     ks = tuple(size for size in K_GRID if size <= k)

@@ -1,18 +1,20 @@
 """Why the ensemble gains what it gains: the members' errors, the ceiling of any mix, what one more member would add.
 
-    PYTHONPATH=src:. python bench/members.py
+    python bench/members.py
 
 Reads outputs/ of the last run. Weights fitted on test, and the best member of each picture, are looked at here only:
 they are ceilings, nothing that could be had.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
-from img2prompt.ensemble import Cosines, search_weights
-from img2prompt.metric import bootstrap_interval, unit
-from img2prompt.params import load_params
-from pipelines.ensemble import members_of, read_models
+from img2prompt.cli.check import load_params
+from img2prompt.core.metric import bootstrap_interval, unit
+from img2prompt.ensemble.members import members_of, read_models
+from img2prompt.ensemble.weights import Cosines, search_weights
 
 
 def residuals(prediction: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -44,8 +46,9 @@ def main() -> None:
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     stored = pd.read_parquet("outputs/ensemble/cosines.parquet")
     targets = {split: np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")}
-    models = read_models(params, fold)
-    names = members_of(params)
+    clips = len(params.clip.models)
+    models = read_models(Path("outputs"), clips, fold, params.folds.ids)
+    names = members_of(params.ensemble, clips)
     predictions = {
         "train": [models[name][0] for name in names],
         "test": [np.mean(models[name][1], axis=0) for name in names],

@@ -1,6 +1,6 @@
 """Reading each layout: rows a second, and peak memory with 10,000 and with 100,000 pictures.
 
-    PYTHONPATH=src python bench/prepare.py --folder /tmp/layouts
+    python bench/prepare.py --folder /tmp/layouts
 
 Pictures are JPEGs of 64 x 64, made in --folder once; every one is decoded, as `prepare` does. Each reading is a process
 of its own, so that its peak memory is its own. Memory that grew with the pictures would grow tenfold.
@@ -135,8 +135,8 @@ LAYOUTS = (kaggle, diffusiondb, diffusiondb_metadata, imagefolder, webdataset, i
 
 def measure(path: Path, out: Path) -> None:
     """In a process of its own: prints rows, seconds and peak memory, and that before reading, in MB."""
-    from img2prompt.params import Source
-    from img2prompt.sources import Quarantine, is_texts, read, read_texts, write_rows, write_texts
+    from img2prompt.sources.params import Source
+    from img2prompt.sources.reading import Quarantine, is_texts, read, read_texts, write_rows, write_texts
 
     source = Source(path=str(path))
     peak = [peak_mb()]

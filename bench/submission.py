@@ -1,6 +1,6 @@
 """Writing the submission against pandas: interleaved runs, medians, ratios, peak memory, bit-exact or not.
 
-    PYTHONPATH=src python bench/submission.py --pictures 16000 --runs 3
+    python bench/submission.py --pictures 16000 --runs 3
 
 `pandas` is what people do: a list of names, a frame, `to_csv`; `to_csv` is its last step alone. Each run is a
 process of its own, so that its peak memory is its own; a small run before it pays for imports.
@@ -21,7 +21,7 @@ PATH = Path("submission.csv")
 
 
 def ours(ids: list[str], predictions: np.ndarray) -> float:
-    from img2prompt.submission import write_submission
+    from img2prompt.predict.submission import write_submission
 
     start = time.perf_counter()
     write_submission(PATH, ids, predictions)
@@ -29,7 +29,7 @@ def ours(ids: list[str], predictions: np.ndarray) -> float:
 
 
 def check(ids: list[str], predictions: np.ndarray) -> float:
-    from img2prompt.submission import check_submission, write_submission
+    from img2prompt.predict.submission import check_submission, write_submission
 
     write_submission(PATH, ids, predictions)
     start = time.perf_counter()

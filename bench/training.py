@@ -1,6 +1,6 @@
 """A training step of Model A's tower on a CPU against timm's own modules: interleaved runs, medians, ratios, deviation.
 
-PYTHONPATH=src python bench/training.py --layers 5 --side 4 --runs 7
+python bench/training.py --layers 5 --side 4 --runs 7
 """
 
 import argparse
@@ -11,7 +11,8 @@ import time
 import torch
 from torch import nn
 
-from img2prompt import efficientnet, sample_clip
+from img2prompt.clip import efficientnet
+from img2prompt.sample import small_clip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    trunk = sample_clip.untrained("lite0", 0, 32 * args.side)[0].visual.trunk
+    trunk = small_clip.untrained("lite0", 0, 32 * args.side)[0].visual.trunk
     blocks = [block for stage in trunk.blocks for block in stage]
     head = nn.Sequential(trunk.conv_head, trunk.bn2, trunk.global_pool)
     towers = {

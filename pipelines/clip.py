@@ -6,19 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from img2prompt import efficientnet, render, sample_clip
-from img2prompt.clip import materialise
-from img2prompt.device import device
-from img2prompt.encoder import Encoder
-from img2prompt.params import Params
-from img2prompt.pictures import open_picture
-from img2prompt.rows import read_rows
-from img2prompt.sample import apart, draw
-from img2prompt.storage import RESUME, resume_folder, whole_folder
+from img2prompt.clip.model import materialise
+from img2prompt.clip.params import ClipParams
+from img2prompt.core.device import device
+from img2prompt.core.pictures import open_picture
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
+from img2prompt.prompts.encoder import Encoder
+from img2prompt.prompts.params import EmbedPromptsParams
+from img2prompt.sample import small_clip
+from img2prompt.sample.distinct import apart
+from img2prompt.sample.wording import draw
 from pipelines import run
 
 TRAIN = Path("outputs/prepare/train.parquet")
-CODE = [Path(file) for file in (sample_clip.__file__, efficientnet.__file__, render.__file__)]
+CODE = [room("core"), room("clip"), room("prompts"), room("sample"), Path(__file__)]
 
 
 def some_pictures(count: int) -> list[str]:
@@ -31,15 +33,15 @@ def picture_size(references: Sequence[str]) -> int:
     return int(np.clip(np.median([min(open_picture(reference).size) for reference in references]), 128, 224))
 
 
-def main(params: Params) -> None:
+def main(clip: ClipParams, embed_prompts: EmbedPromptsParams) -> None:
     """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml."""
-    section, where = params.clip, device()
+    where = device()
     with whole_folder(Path("outputs/clip")) as out:
         samples: dict[Path, tuple[str, int]] = {}
-        for number, (model, pretrained, image_size) in enumerate(section.models):
+        for number, (model, pretrained, image_size) in enumerate(clip.models):
             folder = out / str(number)
             folder.mkdir()
-            tower = sample_clip.variant(model)
+            tower = small_clip.variant(model)
             if tower is None:
                 materialise(model, pretrained, image_size, folder)
             else:
@@ -48,14 +50,14 @@ def main(params: Params) -> None:
             return
         # The sample's CLIPs learn from pictures of their own: none of a prompt near one to train or test on.
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
-        encode, sample = Encoder(params.embed_prompts.model, where), section.sample
+        encode, sample = Encoder(embed_prompts.model, where), clip.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
         own = some_pictures(2000)  # enough for principal components
         names = {str(folder): tower for folder, tower in samples.items()}
         # What is trained depends on it all: a killed run goes on only if none of it has changed.
         key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), TRAIN, *CODE]
         resume = resume_folder("clip", *key)
-        built = sample_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
+        built = small_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
     shutil.rmtree(RESUME / "clip")
     for folder, recall in built.items():
         print(f"clip {folder.name}, held-out pairs: {recall}")

@@ -5,21 +5,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from img2prompt.dedup import deduplicate
-from img2prompt.device import device
-from img2prompt.params import Params
-from img2prompt.rows import read_rows
-from img2prompt.storage import whole_folder
+from img2prompt.core.device import device
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import whole_folder
+from img2prompt.prompts.dedup import deduplicate
+from img2prompt.prompts.params import DedupParams
 from pipelines import run
 
 TABLE = [round(0.70 + 0.05 * step, 2) for step in range(6)] + [0.99]
 
 
-def main(params: Params) -> None:
+def main(dedup: DedupParams) -> None:
     """Write kept.npy and scored.npy (n,) bool, texts_kept.npy (t,) bool, duplicates.csv, thresholds.csv."""
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
     rows = read_rows(Path("outputs/prepare/train.parquet"))
-    threshold, scored = params.dedup.threshold, params.dedup.scored
+    threshold, scored = dedup.threshold, dedup.scored
     # Prompts without pictures come last: they are dropped for the pictures', never the other way round.
     everything = np.concatenate([targets, texts])
     found = deduplicate(everything, threshold if threshold < 1 else scored, also=[scored, *TABLE], device=device())
@@ -31,7 +31,7 @@ def main(params: Params) -> None:
         texts_kept[threshold] = np.ones(len(texts), dtype=bool)
     counts = [(level, int(mask.sum()), float(mask.mean())) for level, mask in kept.items()]
     train, train_texts = kept[threshold], texts_kept[threshold]
-    if params.dedup.at_random:  # as many, but any
+    if dedup.at_random:  # as many, but any
         rng = np.random.default_rng(0)
         train, train_texts = rng.permutation(train), rng.permutation(train_texts)
     with whole_folder(Path("outputs/dedup")) as out:
@@ -50,7 +50,7 @@ def main(params: Params) -> None:
         pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
     print(
         f"kept {train.sum()} of {len(targets)} prompts"
-        + (", at random" if params.dedup.at_random else f" at cosine {threshold}")
+        + (", at random" if dedup.at_random else f" at cosine {threshold}")
     )
 
 

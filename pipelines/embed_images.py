@@ -4,28 +4,28 @@ import shutil
 from itertools import product
 from pathlib import Path
 
-from img2prompt import clip, efficientnet, images
-from img2prompt.clip import embed_texts, load_clip
-from img2prompt.device import device
-from img2prompt.images import embed_pictures
-from img2prompt.params import Params
-from img2prompt.rows import read_rows
-from img2prompt.storage import RESUME, resume_folder, whole_folder
+from img2prompt.clip.features import embed_pictures, embed_texts
+from img2prompt.clip.model import load_clip
+from img2prompt.clip.params import ClipParams, EmbedImagesParams
+from img2prompt.core.device import device
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
+from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
-CODE = [Path(file) for file in (clip.__file__, efficientnet.__file__, images.__file__, __file__)]
+CODE = [room("core"), room("clip"), Path(__file__)]
 
 
-def main(params: Params) -> None:
+def main(embed_images: EmbedImagesParams, clip: ClipParams, model_a: ModelAParams) -> None:
     """Of every CLIP write {train,texts}_text.npy and {train,test}_{image,pooled}.npy.
 
     With a tower to tune also {train,test}_frozen.npy. Of views that Model A averages likewise, {split}_{view}_*.npy.
     """
-    batch_size, where = params.embed_images.batch_size, device()
+    batch_size, where = embed_images.batch_size, device()
     # With augmentation the frozen layers see new pictures every epoch: nothing to keep.
-    keep = [0 if params.model_a.augmentation.on else params.model_a.layers(c) for c in range(len(params.clip.models))]
+    keep = [0 if model_a.augmentation.on else model_a.layers(c) for c in range(len(clip.models))]
     tables = {name: read_rows(Path(f"outputs/prepare/{name}.parquet")) for name in ("train", "test", "texts")}
-    views = ("plain", *params.model_a.tta)
+    views = ("plain", *model_a.tta)
     files = [Path(f"outputs/prepare/{name}.parquet") for name in tables]
     files += sorted(Path("outputs/clip").rglob("*.*"))
     # What the results depend on: a killed run goes on only if none of it has changed.

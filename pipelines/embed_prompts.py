@@ -5,22 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
-from img2prompt import encoder
-from img2prompt.device import device
-from img2prompt.encoder import Encoder
-from img2prompt.params import Params
-from img2prompt.prompt_augmentation import augment_prompt, thesaurus
-from img2prompt.rows import read_rows
-from img2prompt.storage import RESUME, resume_folder, whole_folder
+from img2prompt.core.device import device
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
+from img2prompt.prompts.augmentation import augment_prompt, thesaurus
+from img2prompt.prompts.encoder import Encoder
+from img2prompt.prompts.params import EmbedPromptsParams
 from pipelines import run
 
 
-def main(params: Params) -> None:
+def main(embed_prompts: EmbedPromptsParams) -> None:
     """Write train.npy (n, 384), test.npy (m, 384) or (0, 384) with prompts unknown, augmented.npy (copies, n, 384).
 
     texts.npy (t, 384) is of the prompts without pictures.
     """
-    section, where = params.embed_prompts, device()
+    section, where = embed_prompts, device()
     train, test, texts = (
         read_rows(Path(f"outputs/prepare/{name}.parquet"), ["prompt"]).prompt for name in ("train", "test", "texts")
     )
@@ -34,7 +33,7 @@ def main(params: Params) -> None:
             copies.append([augment_prompt(p, rng, synonyms, section.replace, section.shuffle) for p in train])
     parts = {"train": train, "test": test if test.notna().all() else [], "texts": texts}
     parts |= {f"copy {number}": copy for number, copy in enumerate(copies)}
-    key = [section.model, where, Path(encoder.__file__), *("\0".join(prompts) for prompts in parts.values())]
+    key = [section.model, where, room("core"), room("prompts"), *("\0".join(prompts) for prompts in parts.values())]
     resume = resume_folder("embed_prompts", *key)
     found = {name: encode(prompts, resume=resume / name) for name, prompts in parts.items()}
     with whole_folder(Path("outputs/embed_prompts")) as out:

@@ -5,68 +5,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from img2prompt.dedup import max_cosine
-from img2prompt.device import device
-from img2prompt.ensemble import (
-    Cosines,
-    alpha_curve,
-    constant,
-    cross_fitted,
-    fold_scores,
-    gain_over_best_member,
-    mix,
-    scores_table,
-    search_weights,
-    spread,
-)
-from img2prompt.figures import draw_scores
-from img2prompt.folds import components, similarity_forest
-from img2prompt.metric import cosine
-from img2prompt.params import Params
-from img2prompt.rows import read_rows
-from img2prompt.storage import read_json, whole, whole_folder, write_json
+from img2prompt.core.device import device
+from img2prompt.core.metric import cosine
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import read_json, whole, whole_folder, write_json
+from img2prompt.ensemble.constant import constant
+from img2prompt.ensemble.members import members_of, read_models
+from img2prompt.ensemble.params import EnsembleParams
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, search_weights, spread
+from img2prompt.prompts.dedup import max_cosine
+from img2prompt.prompts.folds import components, similarity_forest
+from img2prompt.prompts.params import DedupParams
+from img2prompt.report.figures import draw_scores
+from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_table
 from pipelines import run
 
-MODEL_A = {"ridge": "start", "clip": "clip", "model_a": "model_a"}  # the family's models, and the names of their files
-Predictions = tuple[np.ndarray, list[np.ndarray]]
 
-
-def read_model_a(files: str, clip: int, fold: np.ndarray, ids: list[int]) -> Predictions:
-    """Out-of-fold predictions (n, 384) and each fold's test predictions (m, 384), of one model on one CLIP.
-
-    The folds are those of params.yaml, not of the disk: a fold that was removed leaves its files behind.
-    """
-    folders = [Path(f"outputs/model_a/fold_{held_out}/{clip}") for held_out in ids]
-    parts = [np.load(folder / f"{files}_oof.npy") for folder in folders]
-    oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
-    for held_out, part in zip(ids, parts, strict=True):
-        oof[fold == held_out] = part
-    return oof, [np.load(folder / f"{files}_test.npy", mmap_mode="r") for folder in folders]
-
-
-def members_of(params: Params) -> list[str]:
-    """The names of the models that are in the ensemble: of the CLIPs that params.yaml names the kinds that it names."""
-    clips = range(len(params.clip.models)) if params.ensemble.clips == "all" else params.ensemble.clips
-    return [name_of(kind, clip) for kind in params.ensemble.members for clip in clips]
-
-
-def read_models(params: Params, fold: np.ndarray) -> dict[str, Predictions]:
-    """Of every CLIP Model A's family and Model B: by name, out of fold, and on test one or one a fold."""
-    found = {}
-    for clip in range(len(params.clip.models)):
-        for kind, files in MODEL_A.items():
-            found[name_of(kind, clip)] = read_model_a(files, clip, fold, params.folds.ids)
-        knn = Path(f"outputs/knn/{clip}")
-        found[name_of("model_b", clip)] = np.load(knn / "oof.npy"), [np.load(knn / "test.npy")]
-    return found
-
-
-def name_of(kind: str, clip: int) -> str:
-    """A model's name: the first CLIP's are plain, those of a second one are ridge_1, clip_1, and so on."""
-    return f"{kind}_{clip}" if clip else kind
-
-
-def main(params: Params) -> None:
+def main(ensemble: EnsembleParams, dedup: DedupParams) -> None:
     """Write ensemble/ (see below) and scores.json.
 
     test.npy (m, 384): the ensemble. cosines.parquet: a row a picture, a column a model with the cosine of its
@@ -76,23 +31,26 @@ def main(params: Params) -> None:
     targets = np.load("outputs/embed_prompts/train.npy")
     train_rows, test_rows = (read_rows(Path(f"outputs/prepare/{split}.parquet")) for split in ("train", "test"))
     table = pd.read_parquet("outputs/folds/folds.parquet")
-    fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), params.folds.ids
+    fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), sorted(set(table.fold))
+    clips = len(list(Path("outputs/knn").iterdir()))
     kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
     test_targets = np.load("outputs/embed_prompts/test.npy")
     known = len(test_targets) > 0
 
     mean_oof, mean = constant(targets, fold, ids, kept)
-    models = {"constant": (mean_oof, [np.tile(mean, (len(test_rows), 1))])} | read_models(params, fold)
+    models = {"constant": (mean_oof, [np.tile(mean, (len(test_rows), 1))])} | read_models(
+        Path("outputs"), clips, fold, ids
+    )
     oof = {name: found for name, (found, _) in models.items()}
     test = {name: np.mean(behind, axis=0) for name, (_, behind) in models.items()}
 
-    names = members_of(params)
+    names = members_of(ensemble, clips)
     family = np.array([not name.startswith("model_b") for name in names])
-    alpha = None if params.ensemble.alpha == "search" else params.ensemble.alpha
+    alpha = None if ensemble.alpha == "search" else ensemble.alpha
     members = Cosines.between([oof[name] for name in names], targets)
     searched = search_weights(members[scored], family)
     curve = alpha_curve(members[scored], family)
-    ensemble, _ = cross_fitted(members, fold, scored, family, alpha)
+    mixed, _ = cross_fitted(members, fold, scored, family, alpha)
     # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
     differ = spread([models[name][1] for name in names])
     weights = search_weights(members[scored].bagged(differ), family, alpha)
@@ -103,7 +61,7 @@ def main(params: Params) -> None:
 
     cosines = train_rows[["source", "id"]].assign(split="train", fold=fold, group=group, scored=scored)
     cosines = cosines.assign(**{name: cosine(predictions, targets) for name, predictions in oof.items()})
-    cosines["ensemble"] = ensemble
+    cosines["ensemble"] = mixed
     if known:
         groups = read_json(Path("outputs/folds/folds.json"))["group_threshold"]
         near = components(len(test_rows), similarity_forest(test_targets, groups), groups)
@@ -149,7 +107,7 @@ def main(params: Params) -> None:
         for name, table in tables.items():
             table.to_csv(out / f"{name}.csv", index=False)
         draw_scores(
-            out / "scores.png", by_fold, shares["alpha_searched"], curve, histories, thresholds, params.dedup.threshold
+            out / "scores.png", by_fold, shares["alpha_searched"], curve, histories, thresholds, dedup.threshold
         )
     with whole(Path("outputs/scores.json")) as path:
         write_json(path, scores)

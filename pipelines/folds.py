@@ -4,31 +4,30 @@ from pathlib import Path
 
 import numpy as np
 
-from img2prompt.folds import make_folds, near_folds
-from img2prompt.params import Params
-from img2prompt.rows import read_rows
-from img2prompt.storage import whole_folder, write_json
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import whole_folder, write_json
+from img2prompt.prompts.folds import make_folds, near_folds
+from img2prompt.prompts.params import DedupParams, FoldsParams
 from pipelines import run
 
 
-def main(params: Params) -> None:
+def main(folds: FoldsParams, dedup: DedupParams) -> None:
     """Write folds.parquet (id, group, fold) in the rows' order, folds.json, and texts.npy.
 
-    texts.npy (t, folds) bool says which prompts without pictures are near a prompt of a fold.
+    texts.npy (t, folds) bool says which prompts without pictures are near a prompt of a fold, folds in ascending order.
     """
     rows = read_rows(Path("outputs/prepare/train.parquet"))
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
-    section = params.folds
     # The threshold may rise to that of the scored rows, not of the trained ones: folds outlive experiments on those.
-    highest = max(section.threshold, params.dedup.scored)
-    folds = make_folds(targets, section.ids, section.threshold, highest, section.seed, rows.fold.to_numpy(float))
+    highest = max(folds.threshold, dedup.scored)
+    found = make_folds(targets, folds.ids, folds.threshold, highest, folds.seed, rows.fold.to_numpy(float))
     with whole_folder(Path("outputs/folds")) as out:
-        table = rows[["id"]].assign(group=folds.group, fold=folds.fold)
+        table = rows[["id"]].assign(group=found.group, fold=found.fold)
         table.to_parquet(out / "folds.parquet", index=False)
-        facts = {"group_threshold": folds.group_threshold, "max_cross_fold_cosine": folds.max_cross_fold_cosine}
+        facts = {"group_threshold": found.group_threshold, "max_cross_fold_cosine": found.max_cross_fold_cosine}
         write_json(out / "folds.json", facts)
-        np.save(out / "texts.npy", near_folds(texts, targets, folds.fold, section.ids, folds.group_threshold))
-    print(f"{folds.group.max() + 1} groups at cosine {folds.group_threshold}")
+        np.save(out / "texts.npy", near_folds(texts, targets, found.fold, sorted(folds.ids), found.group_threshold))
+    print(f"{found.group.max() + 1} groups at cosine {found.group_threshold}")
 
 
 if __name__ == "__main__":

@@ -6,27 +6,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from img2prompt.device import device
-from img2prompt.knn import Texts, fit_predict
-from img2prompt.params import Params
-from img2prompt.storage import whole_folder, write_json
+from img2prompt.core.device import device
+from img2prompt.core.storage import whole_folder, write_json
+from img2prompt.model_b.choice import Texts, fit_predict
+from img2prompt.model_b.params import KnnParams
 from pipelines import run
 
 
-def main(params: Params) -> None:
+def main(knn: KnnParams) -> None:
     """Of every CLIP write oof.npy (n, 384), test.npy (m, 384), choice.json, search.csv, and the neighbours used.
 
     {oof,test}_{text,image}_rows.npy (n, k) int32 are rows of train.parquet, from n on of texts.parquet, nearest first;
     _distances.npy float32.
     """
-    section = params.knn
+    section = knn
     targets = np.load("outputs/embed_prompts/train.npy")
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     kept, scored, texts_kept = (np.load(f"outputs/dedup/{name}.npy") for name in ("kept", "scored", "texts_kept"))
     texts_targets, near_fold = np.load("outputs/embed_prompts/texts.npy"), np.load("outputs/folds/texts.npy")
     with whole_folder(Path("outputs/knn")) as out:
-        for number in range(len(params.clip.models)):
-            embedded, folder = Path(f"outputs/embed_images/{number}"), out / str(number)
+        for embedded in sorted(Path("outputs/embed_images").iterdir()):
+            folder = out / embedded.name
             pictures, prompts, test, texts = (
                 np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "test_image", "texts_text")
             )
@@ -44,7 +44,9 @@ def main(params: Params) -> None:
                 eps=section.eps,
                 coef=section.coef,
                 device=device(),
-                texts=Texts(texts, texts_targets, texts_kept, dict(zip(params.folds.ids, near_fold.T, strict=True))),
+                texts=Texts(
+                    texts, texts_targets, texts_kept, dict(zip(np.unique(fold).tolist(), near_fold.T, strict=True))
+                ),
             )
             folder.mkdir()
             np.save(folder / "oof.npy", found.oof)
@@ -56,7 +58,7 @@ def main(params: Params) -> None:
                     k = found.choice.settings[kind].k
                     np.save(folder / f"{name}_{kind}_rows.npy", near.index[:, :k].astype(np.int32))
                     np.save(folder / f"{name}_{kind}_distances.npy", near.distance[:, :k])
-            print(f"clip {number}: {found.choice}")
+            print(f"clip {embedded.name}: {found.choice}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@ from pathlib import Path
 
 from joblib import Parallel, delayed
 
-from img2prompt.device import device
-from img2prompt.encoder import Encoder
-from img2prompt.figures import draw_examples
-from img2prompt.params import Params
-from img2prompt.pictures import pack
-from img2prompt.progress import progress
-from img2prompt.render import jpeg
-from img2prompt.rows import Row, read_rows
-from img2prompt.sample import Row as Drawn
-from img2prompt.sample import apart, draw, generate
-from img2prompt.sources import Batch, Quarantine, is_texts, read, read_texts, write_rows, write_texts
-from img2prompt.storage import digest, whole_folder
+from img2prompt.core.device import device
+from img2prompt.core.pictures import pack
+from img2prompt.core.progress import progress
+from img2prompt.core.rows import Row, read_rows
+from img2prompt.core.sheet import draw_examples
+from img2prompt.core.storage import digest, whole_folder
+from img2prompt.prompts.encoder import Encoder
+from img2prompt.prompts.params import EmbedPromptsParams
+from img2prompt.sample.distinct import apart
+from img2prompt.sample.render import jpeg
+from img2prompt.sample.scenes import Row as Drawn
+from img2prompt.sample.wording import draw, generate
+from img2prompt.sources.params import PrepareParams
+from img2prompt.sources.reading import Batch, Quarantine, is_texts, read, read_texts, write_rows, write_texts
 from pipelines import run
 
 OUT = Path("outputs/prepare")
@@ -35,9 +37,9 @@ def render(rows: list[Drawn], split: str, folder: Path) -> list[Batch]:
     return [Batch(table, [], digest(folder / tar).encode())]
 
 
-def main(params: Params) -> None:
+def main(prepare: PrepareParams, embed_prompts: EmbedPromptsParams) -> None:
     """Write {train,test,texts}.parquet, quarantine.csv, examples.jpg and, for the sample, {train,test}.tar."""
-    section = params.prepare
+    section = prepare
     sample, limit = section.sample, section.max_quarantined
     drawn = generate(sample.n_train, sample.seed) if "sample" in [source.path for source in section.train] else []
     texts = [source for source in section.train if is_texts(source)]
@@ -56,7 +58,7 @@ def main(params: Params) -> None:
         with write_rows(out / "test.parquet", quarantine) as test:
             if section.test.path == "sample":
                 # No test prompt may be nearly a train prompt, nor may what of it can be seen.
-                encode = Encoder(params.embed_prompts.model, device())
+                encode = Encoder(embed_prompts.model, device())
                 known = [read_rows(out / f"{name}.parquet", ["prompt"]).prompt for name in ("train", "texts")]
                 near = [*map(encode, known), encode([row.visible for row in drawn])]
                 candidates = draw(sample.seed, stream=1)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from img2prompt.params import Params
-from img2prompt.rows import read_rows
-from img2prompt.storage import whole
-from img2prompt.submission import check_submission, write_submission
+from img2prompt.core.rows import read_rows
+from img2prompt.core.storage import whole
+from img2prompt.predict.submission import check_submission, write_submission
 from pipelines import run
 
 
-def main(params: Params) -> None:
+def main() -> None:
     """Write outputs/submission.csv (imgId_eId,val), checked before it takes its name."""
     ids = read_rows(Path("outputs/prepare/test.parquet")).id
     predictions = np.load("outputs/ensemble/test.npy")

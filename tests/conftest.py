@@ -22,7 +22,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A folder with an untrained vision transformer CLIP of 16 dimensions, in open_clip's layout."""
-    from img2prompt.clip import materialise
+    from img2prompt.clip.model import materialise
 
     folder = tmp_path_factory.mktemp("clip")
     (folder / "tiny-vit.json").write_text(json.dumps(TINY))
@@ -37,8 +37,11 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture
 def competition(tmp_path):
-    """A folder in Kaggle layout: 60 pictures of one colour each, and prompts that name the colour."""
+    """A folder in Kaggle layout: 60 pictures of one colour each, of several sizes, and prompts that name the colour."""
     return write_competition(tmp_path / "competition", 60, seed=0)
+
+
+SIZES = [(32, 32), (20, 50), (64, 40)]  # height and width in pixels
 
 
 def write_competition(folder: Path, n: int, seed: int) -> Path:
@@ -49,7 +52,9 @@ def write_competition(folder: Path, n: int, seed: int) -> Path:
     lines = ["imgId,prompt"]
     for number in range(n):
         colour = sorted(colours)[number % 4]
-        pixels = np.clip(np.array(colours[colour]) + rng.normal(0, 25, (32, 32, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(np.array(colours[colour]) + rng.normal(0, 25, (*SIZES[number % 3], 3)), 0, 255).astype(
+            np.uint8
+        )
         Image.fromarray(pixels).save(folder / f"images/p{number:03d}.png")
         lines.append(f'p{number:03d},"a {colour} {things[number // 4 % 10]}, {things[number * 7 % 10]} {number}"')
     (folder / "prompts.csv").write_text("\n".join(lines) + "\n")

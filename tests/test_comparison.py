@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,11 @@ import pytest
 from dvc.repo import Repo
 from PIL import Image
 
-import pipelines.compare
-from img2prompt.comparison import differences, differences_markdown, most_changed, pair, results, verdict
-from img2prompt.figures import draw_changes, draw_results
-from img2prompt.metric import bootstrap_interval
+from img2prompt.cli.main import main
+from img2prompt.core.metric import bootstrap_interval
+from img2prompt.core.sheet import draw_changes
+from img2prompt.report.comparison import differences, differences_markdown, most_changed, pair, results, verdict
+from img2prompt.report.figures import draw_results
 
 
 def cosines(seed=0, n=60, **models):
@@ -173,9 +173,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def compare(*names):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compare.py", *names])
-        pipelines.compare.main(None)
+    main(["compare", *names])
 
 
 def test_experiments_and_revisions_are_read_from_dvc(repository, capsys):
@@ -188,7 +186,8 @@ def test_experiments_and_revisions_are_read_from_dvc(repository, capsys):
     compare("more", "workspace")
     assert set(pd.read_csv("outputs/compare/compare.csv").verdict) == {"the same"}
     assert not Path("outputs/compare/ridge.png").exists()
-    with pytest.raises(ValueError, match=r"nowhere: no outputs/ensemble/cosines\.parquet there .*`dvc exp show`"):
+    with pytest.raises(SystemExit, match=r"nowhere: no outputs/ensemble/cosines\.parquet there .*`dvc exp show`"):
         compare("HEAD", "nowhere")
-    with pytest.raises(ValueError, match="name two experiments"):
+    with pytest.raises(SystemExit):
         compare("HEAD")
+    assert "the following arguments are required: B" in capsys.readouterr().err

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2prompt import dedup
-from img2prompt.dedup import deduplicate, max_cosine
+from img2prompt.prompts import dedup
+from img2prompt.prompts.dedup import deduplicate, max_cosine
 
 THRESHOLDS = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 

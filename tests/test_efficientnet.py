@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from img2prompt import efficientnet
+from img2prompt.clip import efficientnet
 
 
 def trunk(name: str = "tf_efficientnet_lite0") -> nn.Module:

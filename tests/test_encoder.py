@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from img2prompt.encoder import EMBEDDED, Encoder
+from img2prompt.prompts.encoder import EMBEDDED, Encoder
 
 TEXTS = ["a cat", "a considerably longer prompt about a dog, oil on canvas", "a cat", "", "ultrafine detailed painting"]
 

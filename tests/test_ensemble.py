@@ -4,19 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from img2prompt.ensemble import (
-    Cosines,
-    alpha_curve,
-    constant,
-    cross_fitted,
-    fold_scores,
-    gain_over_best_member,
-    mix,
-    scores_table,
-    search_weights,
-    spread,
-)
-from img2prompt.metric import bootstrap_interval, cosine, mean_cosine, unit
+from img2prompt.core.metric import bootstrap_interval, cosine, mean_cosine, unit
+from img2prompt.ensemble.constant import constant
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, search_weights, spread
+from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_table
 
 N, DIM = 300, 16
 rng = np.random.default_rng(0)

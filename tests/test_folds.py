@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2prompt import dedup, folds
-from img2prompt.folds import components, make_folds, near_folds, similarity_forest
+from img2prompt.prompts import dedup, folds
+from img2prompt.prompts.folds import components, make_folds, near_folds, similarity_forest
 
 
 def unit(*angles):

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from img2prompt.layouts import REASONS
-from img2prompt.params import Source
-from img2prompt.pictures import open_picture
-from img2prompt.rows import read_rows
-from img2prompt.sources import Quarantine, read, write_rows
-from img2prompt.submission import check_submission, write_submission
+from img2prompt.core.pictures import open_picture
+from img2prompt.core.rows import read_rows
+from img2prompt.predict.submission import check_submission, write_submission
+from img2prompt.sources.params import Source
+from img2prompt.sources.readers import REASONS
+from img2prompt.sources.reading import Quarantine, read, write_rows
 
 
 def encoded(mode="RGB", form="PNG", **options):

@@ -3,9 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from img2prompt.clip import load_clip, tower
-from img2prompt.images import Drawn, Pictures, embed_pictures
-from img2prompt.params import Augmentation
+from img2prompt.clip.features import Pictures, embed_pictures
+from img2prompt.clip.model import load_clip
+from img2prompt.clip.towers import tower
+from img2prompt.model_a.inputs import Augmented, Drawn
+from img2prompt.model_a.params import Augmentation
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def references(tmp_path_factory):
 
 def drawn(references, clip, epoch, row=0, **amount):
     settings = Augmentation(**{"crop": 0.0, "rotation": 0.0, "flip": 0.0} | amount)
-    return Pictures(references, clip.transform, settings, seed=0)[(row, epoch)]
+    return Augmented(references, clip.transform, settings, seed=0)[(row, epoch)]
 
 
 def test_embeddings_agree_with_clip_itself(references, tiny_clip, tmp_path):
@@ -54,17 +56,24 @@ def test_augmented_views_differ_and_repeat_by_epoch(references, tiny_clip, amoun
     assert all(torch.equal(view, drawn(references, clip, epoch, **amount)) for epoch, view in enumerate(views))
 
 
-def test_no_flip_without_asking(references, tiny_clip):
-    # "left of" and "right of" are told apart by the picture's sides.
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_no_flip_without_asking(tmp_path, tiny_clip, flip):
+    """ "left of" and "right of" are told apart by the picture's sides."""
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[:, :20] = 255
+    Image.fromarray(picture).save(tmp_path / "half.png")
     clip = load_clip(tiny_clip, "cpu")
-    assert torch.equal(drawn(references, clip, 3), drawn(references, clip, None))
+    for epoch in range(20):
+        seen = drawn([str(tmp_path / "half.png")], clip, epoch, crop=0.3, rotation=10.0, flip=flip)
+        left, right = seen[..., :8].mean(), seen[..., -8:].mean()
+        assert (left > right) == (flip == 0)
 
 
 def test_augmented_inputs_run_through_the_frozen_layers(references, tiny_clip):
     clip = load_clip(tiny_clip, "cpu")
     layers = tower(clip.model.visual)
     settings = Augmentation(crop=0.3, rotation=0.0, flip=0.0)
-    pictures = Pictures(references, clip.transform, settings, seed=0)
+    pictures = Augmented(references, clip.transform, settings, seed=0)
     inputs = Drawn(pictures, layers[:-2], "cpu")
     (plain,) = inputs.batches([np.array([1, 0])], None)
     with torch.no_grad():

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from img2prompt.layouts import recognise
-from img2prompt.params import Source
-from img2prompt.pictures import open_picture
-from img2prompt.sources import read, read_texts
+from img2prompt.core.pictures import open_picture
+from img2prompt.sources.layouts import recognise
+from img2prompt.sources.params import Source
+from img2prompt.sources.reading import read, read_texts
 
 
 def picture(shade=0, form="PNG"):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from img2prompt.metric import bootstrap_interval, cosine, mean_cosine, unit
+from img2prompt.core.metric import bootstrap_interval, cosine, mean_cosine, unit
 
 rng = np.random.default_rng(0)
 

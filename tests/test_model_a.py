@@ -7,23 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from img2prompt import model_a
-from img2prompt.model_a import (
-    AnyPicture,
-    LinearHead,
-    PaperHead,
-    Ridge,
-    Schedule,
-    Stored,
-    TextPrior,
-    cosine_loss,
-    fit,
-    parameter_groups,
-    predict,
-    ridge,
-    train,
-)
-from img2prompt.params import load_params
+from img2prompt.cli.check import load_params
+from img2prompt.model_a import training
+from img2prompt.model_a.heads import LinearHead, PaperHead
+from img2prompt.model_a.inputs import AnyPicture, Stored
+from img2prompt.model_a.ridge import Ridge, TextPrior, ridge
+from img2prompt.model_a.training import Schedule, cosine_loss, fit, parameter_groups, predict, train
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(2, 3, (120, 12)).astype(np.float32)
@@ -248,14 +237,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, killed_in, monkeypatch
     how = dict(dropout=0.2, targets=np.stack([TARGETS, TARGETS[::-1]]), hidden=8)
     whole = run(tmp_path / "a", plan, **how)
 
-    saved = model_a._save
+    saved = training._save
 
     def save_and_die(path, *state):
         saved(path, *state)
         if len(state[-1]) == killed_in:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_a, "_save", save_and_die)
+    monkeypatch.setattr(training, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", plan, **how)
     monkeypatch.undo()
@@ -321,14 +310,14 @@ def test_averaged_weights_by_hand(tmp_path):
     """The plain run's weights after each step, one epoch a step, averaged here."""
     plan = dict(epochs=4, batch_size=100, warmup=0.0)
     steps = [weights(*start(LinearHead))]
-    saved = model_a._save
+    saved = training._save
 
     def keep(path, model, *rest):
         steps.append(weights(model))
         saved(path, model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_a, "_save", keep)
+        patch.setattr(training, "_save", keep)
         *last, _ = run(tmp_path / "a", schedule(**plan), LinearHead)
     assert torch.equal(steps[-1], weights(*last))
     average = steps[0]
@@ -364,22 +353,22 @@ def settings(**changes):
     return load_params(Path(__file__).parent.parent / "params.yaml").model_a.model_copy(update=changes)
 
 
-def trained(resume, tower, section):
-    args = (TARGETS[None], ROWS, UNSEEN, section, section.baseline, (0, 1), "cpu")
+def trained(resume, tower, section, **rates):
+    args = (TARGETS[None], ROWS, UNSEEN, section, section.baseline.model_copy(update=rates), (0, 1), "cpu")
     return train("clip", REGRESSION, FEATURES, Stored(FEATURES), tower, *args, resume)
 
 
 def test_two_phases_and_the_control_without_a_tower(tmp_path):
-    section = settings()
+    section, epochs = settings(), {"head_epochs": 2, "tower_epochs": 3}
     tower = nn.Sequential(nn.Linear(12, 12))
     before = weights(tower)
-    _, history = trained(tmp_path / "a", tower, section)
-    head, both = section.baseline.head_epochs, section.baseline.tower_epochs
-    assert history.phase.tolist() == ["head"] * head + ["tower"] * both
+    _, history = trained(tmp_path / "a", tower, section, **epochs)
+    assert history.phase.tolist() == ["head"] * 2 + ["tower"] * 3
     assert not torch.equal(before, weights(tower))
-    _, control = trained(tmp_path / "b", nn.Sequential(), section)
-    assert len(control) == len(history)
-    assert control.score[:head].tolist() == history.score[:head].tolist()
+    _, control = trained(tmp_path / "b", nn.Sequential(), section, **epochs)
+    assert control.phase.tolist() == history.phase.tolist()
+    assert control.score[:2].tolist() == history.score[:2].tolist()
+    assert control.score[2:].tolist() != history.score[2:].tolist()
 
 
 def test_wise_is_between_the_start_and_the_trained_weights(tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from img2prompt.params import load_params
+from img2prompt.cli.check import load_params
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT = yaml.safe_load((REPOSITORY / "params.yaml").read_text())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from img2prompt.pictures import decode, open_picture, pack, read_picture
+from img2prompt.core.pictures import decode, open_picture, pack, read_picture
 
 
 def encoded(picture, form="PNG", **options):

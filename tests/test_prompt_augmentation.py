@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2prompt.prompt_augmentation import WordNet, augment_prompt, thesaurus
+from img2prompt.prompts.augmentation import WordNet, augment_prompt, thesaurus
 
 SYNONYMS = {"big": ("large",), "house": ("home",), "old": ("very aged",)}
 PROMPT = "Portrait of a red-haired girl, blue coat, (intricate:1.2), 4k, girl's cat"

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from img2prompt.render import FRAMES, MEDIA, jpeg, render
-from img2prompt.sample import Row, Scene, Thing, apart, draw, generate, words
+from img2prompt.sample.distinct import apart
+from img2prompt.sample.frames import FRAMES
+from img2prompt.sample.media import MEDIA
+from img2prompt.sample.render import jpeg, render
+from img2prompt.sample.scenes import Row, Scene, Thing, words
+from img2prompt.sample.wording import draw, generate
 
 CAT, ROCKET = Thing("🐱", "cat"), Thing("🚀", "rocket")
 

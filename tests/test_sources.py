@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from img2prompt.layouts import REASONS
-from img2prompt.params import Source
-from img2prompt.rows import read_rows
-from img2prompt.sources import Quarantine, SetAside, read, read_texts, write_rows
+from img2prompt.core.rows import read_rows
+from img2prompt.sources.params import Source
+from img2prompt.sources.readers import REASONS
+from img2prompt.sources.reading import Quarantine, SetAside, read, read_texts, write_rows
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_a_changed_picture_changes_the_table(folder, tmp_path):
 
 
 def test_table_and_its_groups(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("img2prompt.sources.GROUP", 3)
+    monkeypatch.setattr("img2prompt.sources.reading.GROUP", 3)
     path = tmp_path / "rows.parquet"
     write(folder, "prompts.csv", "imgId,prompt,fold\n001,a,2\n1,b,\ne,c,0\nff,d,x\n")
     (folder / "images/1.jpg").unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from img2prompt.storage import digest, grow, resume_folder, whole, whole_folder, write_json
+from img2prompt.core.storage import digest, grow, resume_folder, whole, whole_folder, write_json
 
 
 def test_file_appears_only_when_whole(tmp_path):
@@ -107,7 +107,7 @@ def test_what_was_taken_away_is_computed_again(tmp_path):
 
 
 def test_resume_folders_of_other_inputs_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr("img2prompt.storage.RESUME", tmp_path)
+    monkeypatch.setattr("img2prompt.core.storage.RESUME", tmp_path)
     first = resume_folder("stage", "a")
     (first / "file").write_text("x")
     assert resume_folder("stage", "a") == first
@@ -122,7 +122,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from img2prompt.storage import grow, whole_folder
+from img2prompt.core.storage import grow, whole_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

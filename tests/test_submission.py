@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2prompt import submission
-from img2prompt.metric import unit
-from img2prompt.submission import check_submission, write_submission
+from img2prompt.core.metric import unit
+from img2prompt.predict import submission
+from img2prompt.predict.submission import check_submission, write_submission
 
 PATH = Path("submission.csv")
 rng = np.random.default_rng(0)

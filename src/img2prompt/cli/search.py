@@ -1,0 +1,159 @@
+"""Search settings of Model A and the baseline, on inner splits of the training folds.
+
+It prints what to pin in params.yaml. For every fold that is predicted, the settings are scored on another fold, trained
+on the rest: the fold itself is never looked at. Both heads get the same grids.
+
+    img2prompt search                               # epochs and rates
+    img2prompt search ema wise --folds 0 2          # other grids, one after the other, on two folds
+    img2prompt search ema wise --apart --seeds 3    # what each alone changes, as the mean of three trainings
+"""
+
+import argparse
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from img2prompt.cli.check import Params, load_params
+from img2prompt.core.device import device
+from img2prompt.core.metric import bootstrap_interval, cosine
+from img2prompt.core.process import turn
+from img2prompt.core.progress import progress
+from img2prompt.core.storage import RESUME, digest, whole
+from img2prompt.model_a.fold import Features, Fold, TrainRows
+from img2prompt.model_a.params import Rates
+from img2prompt.model_a.ridge import Ridge
+from img2prompt.model_a.training import predict
+
+# The values tried of each param, around what is best so far, from the values of params.yaml on.
+GRIDS: dict[str, list[object]] = {
+    "lr_head": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3],
+    "lr_tower": [1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3],  # from what a public CLIP wants to what the sample's does
+    "tower_epochs": [2, 3, 4, 6],
+    "head_epochs": [0, 2],  # LP-FT
+    "batch_size": [16, 32, 64],
+    "pretrain": [False, True],
+    "layer_decay": [1.0, 0.8, 0.6],
+    "mse": [0.0, 0.01, 1.0],
+    "hidden": [0, 2048],
+    "ema": [0.0, 0.15, 0.4],
+    "wise": [1.0, 0.8, 0.6],
+    "dropout": [0.0, 0.2, 0.4],
+    "weight_decay": [0.01, 0.1, 1.0],
+    "tta": [],  # against none, each view of params.yaml, and all: `embed_images` has no others
+}
+TABLE = Path("outputs/search.csv")
+LINE = (
+    "{head}, {changed}: {score:.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}], {lowest_seed:+.4f} or up, {seconds:.1f} s"
+)
+Setting = dict[str, object]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to search, and on how much."""
+    parser.add_argument("grids", nargs="*", default=list(GRIDS)[:4], metavar="grid")
+    parser.add_argument("--folds", type=int, nargs="+", help="default: all")
+    parser.add_argument("--heads", nargs="+", default=["clip", "model_a"], choices=["clip", "model_a"])
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each setting")
+    parser.add_argument("--clip", type=int, default=0, help="number of the CLIP")
+    parser.add_argument("--apart", action="store_true", help="each grid around params.yaml, not around the best so far")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Search, in turn with whatever else writes to outputs/."""
+    with turn("search"):
+        search(load_params(), options)
+
+
+def search(params: Params, asked: argparse.Namespace) -> None:
+    """Write outputs/search.csv and print it, a line a setting, and the best settings.
+
+    `gain` is over the settings of params.yaml, picture by picture, with its 95% interval over groups of similar
+    prompts; `lowest_seed` is the least gain of any one seed, for the interval knows of pictures only; `seconds` is of
+    one training.
+    """
+    section, ids, where = params.model_a, params.folds.ids, device()
+    folds = asked.folds or ids
+    if unknown := set(asked.grids) - set(GRIDS):
+        raise ValueError(f"no grid {', '.join(sorted(unknown))}: choose from {', '.join(GRIDS)}")
+    if section.augmentation.on or not section.layers(asked.clip):
+        raise ValueError("model_a: the search wants unfreeze above 0 and augmentation off, as it is pinned")
+    if len(ids) < 3:
+        raise ValueError(f"folds.ids: {ids}: inner splits take three folds: to predict, to score on, to train on")
+    if unknown := set(folds) - set(ids):
+        raise ValueError(f"no folds {sorted(unknown)}: folds.ids are {ids}")
+    rows, features = TrainRows.read(Path("outputs")), Features.read(Path("outputs"), asked.clip, section)
+    inputs = features.inputs("train", section.augmentation, section.seed, where)
+    frozen = dict(zip(features.views, inputs, strict=True))
+    inner = {held_out: ids[(ids.index(held_out) + 1) % len(ids)] for held_out in folds}
+    splits = {held_out: Fold(rows, features, [held_out, inner[held_out]], inner[held_out]) for held_out in folds}
+    watched_group = np.concatenate([rows.group[split.watched_rows] for split in splits.values()])
+    views = [[], *([seen] for seen in section.tta), section.tta] if len(section.tta) > 1 else [[], section.tta]
+    grids = GRIDS | {"tta": views}
+    shutil.rmtree(RESUME / "search", ignore_errors=True)
+
+    @cache
+    def start(held_out: int, pretrain: bool) -> Ridge:
+        return splits[held_out].start(pretrain)
+
+    @cache
+    def trained(kind: str, held_out: int, seed: int, values: tuple[tuple[str, object], ...]) -> nn.ModuleDict:
+        setting = dict(values)
+        rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
+        changed = section.model_copy(update=setting)
+        folder = RESUME / "search" / digest(repr((kind, held_out, seed, setting)))
+        model, _ = splits[held_out].train(
+            kind, start(held_out, changed.pretrain), frozen["plain"], changed, rates, (section.seed + seed, held_out),
+            where, folder, watch=False,
+        )  # fmt: skip
+        shutil.rmtree(folder)
+        return model
+
+    def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
+        values = tuple(pair for pair in setting.items() if pair[0] != "tta")  # views take no training of their own
+        model, wanted = trained(kind, held_out, seed, values), splits[held_out].watched_rows
+        seen = [frozen[name] for name in ("plain", *setting.get("tta", section.tta))]
+        found = predict(model["tower"], model["head"], seen, wanted, section.batch_size, where)
+        return cosine(found, rows.targets[0, wanted])
+
+    results: list[dict[str, object]] = []
+    for kind in asked.heads:
+        rates = section if kind == "model_a" else section.baseline
+        pinned: Setting = {key: getattr(rates, key) for key in Rates.model_fields}
+        pinned |= {key: [] if key == "tta" else getattr(section, key) for key in sorted(set(asked.grids) - set(pinned))}
+        known: dict[str, float] = {}
+        baseline: np.ndarray | None = None
+        best = pinned
+        for name in asked.grids:
+            around = pinned if asked.apart else best
+            tried = [around | {name: value} for value in grids[name]]
+            new = [setting for setting in [pinned, *tried] if repr(setting) not in known]
+            for setting in progress(
+                [s for i, s in enumerate(new) if s not in new[:i]], f"{kind}, {name}", unit="setting"
+            ):
+                began = time.monotonic()
+                found = np.array([
+                    np.concatenate([cosines(kind, held_out, seed, setting) for held_out in folds])
+                    for seed in range(asked.seeds)
+                ])  # fmt: skip
+                seconds = (time.monotonic() - began) / len(folds) / asked.seeds
+                baseline = found if baseline is None else baseline
+                gain = found - baseline  # (seeds, pictures)
+                low, high = bootstrap_interval(gain.mean(axis=0), watched_group)
+                known[repr(setting)] = found.mean()
+                changes = {key: value for key, value in setting.items() if value != pinned[key]}
+                results.append({
+                    "head": kind, "changed": ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing",
+                    "score": found.mean(), "gain": gain.mean(), "low": low, "high": high,
+                    "lowest_seed": gain.mean(axis=1).min(), "seconds": seconds,
+                })  # fmt: skip
+                print(LINE.format(**results[-1]), flush=True)
+            best = max([around, *tried], key=lambda setting: known[repr(setting)])
+        if not asked.apart:
+            print(f"{kind}: {known[repr(best)]:.4f} with {best}", flush=True)
+    with whole(TABLE) as path:
+        pd.DataFrame(results).round(6).to_csv(path, index=False)

@@ -1,0 +1,1 @@
+"""CLIP as one open_clip folder, its image tower as layers, its features."""

@@ -1,0 +1,130 @@
+"""CLIP as one open_clip folder, whatever its source."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import VisionTransformer
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP in evaluation mode, with what must travel with its weights.
+
+    `transform` turns an RGB picture of any size into a normalised (3, size, size) float32 tensor.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    transform: Callable[[Image.Image], Tensor]
+
+
+def save_clip(
+    model: nn.Module,
+    tokenizer: Callable[[Sequence[str]], Tensor],
+    model_config: dict[str, object],
+    folder: Path,
+) -> None:
+    """Write a model as an open_clip folder: configuration, safetensors weights, tokenizer files if it has any.
+
+    Raises:
+        ValueError: the tokenizer cannot be saved with the model.
+    """
+    preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
+    config = {
+        "model_cfg": model_config,
+        "preprocess_cfg": {
+            name: getattr(preprocess, name) for name in ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        },
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.tokenizer.save_pretrained(folder)
+    elif not isinstance(tokenizer, SimpleTokenizer):
+        raise ValueError(f"clip.model: its {type(tokenizer).__name__} cannot be stored; take its `hf-hub:` name")
+
+
+def materialise(model: str, pretrained: str | None, image_size: int | None, folder: Path) -> None:
+    """Load any CLIP that open_clip knows and write it as an open_clip folder.
+
+    Args:
+        model: an open_clip name, `hf-hub:org/name`, or a local open_clip folder.
+        pretrained: the tag (or weights file) that goes with an open_clip name.
+        image_size: side of the input in pixels; None keeps the model's own.
+        folder: where to write.
+
+    Raises:
+        ValueError: the name is unknown, or an open_clip name comes without weights.
+    """
+    if Path(model).is_dir():
+        model = f"local-dir:{model}"
+    if ":" not in model:
+        if model not in open_clip.list_models():
+            raise ValueError(f"clip.model: {model!r} is neither `sample`, an open_clip name, hf-hub: nor a folder")
+        if not pretrained:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
+            raise ValueError(f"clip.pretrained: {model} needs the tag of its weights ({tags})")
+    loaded, _, _ = open_clip.create_model_and_transforms(model, pretrained, force_image_size=image_size)
+    config = open_clip.get_model_config(model)
+    if image_size:
+        config["vision_cfg"]["image_size"] = image_size
+    if pretrained == "openai":
+        config["quick_gelu"] = True  # open_clip decides so by the tag, which the folder no longer has
+    save_clip(loaded, open_clip.get_tokenizer(model), config, folder)
+
+
+def load_clip(folder: Path, device: str) -> Clip:
+    """Load an open_clip folder, in evaluation mode and float32."""
+    name = f"local-dir:{folder}"
+    model, _, _ = open_clip.create_model_and_transforms(name, device=device)
+    # A convolutional tower runs 1.6 times faster on CPU with channels last; others do not care.
+    model = model.eval().to(memory_format=torch.channels_last)
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    return Clip(model, open_clip.get_tokenizer(name), transform)
+
+
+def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
+    """CLIP's transform with one change, for test-time augmentation.
+
+    Args:
+        clip: whose transform.
+        name: `plain`: none; `flip`: the mirror image; `smaller`, `larger`: three or five quarters of the side, in whole
+            patches; `renormalised`: ImageNet's usual 0.5 in place of CLIP's mean and deviation, or the reverse.
+
+    Raises:
+        ValueError: the tower takes pictures of one size only, and the view has another.
+    """
+    visual = clip.model.visual
+    preprocess = PreprocessCfg(**visual.preprocess_cfg)
+    if name == "flip":
+        return Compose([ImageOps.mirror, clip.transform])
+    if name == "renormalised":
+        half = (0.5, 0.5, 0.5)
+        mean, std = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) if tuple(preprocess.mean) == half else (half, half)
+        return image_transform_v2(replace(preprocess, mean=mean, std=std), is_train=False)
+    if name in ("smaller", "larger"):
+        vision = isinstance(visual, VisionTransformer)
+        if not vision and (not hasattr(visual, "trunk") or hasattr(visual.trunk, "patch_embed")):
+            raise ValueError(
+                f"model_a.tta: {name}: this CLIP's tower takes pictures of one size only; leave the view out"
+            )
+        step = visual.patch_size[0] if vision else 32
+        patches = visual.image_size[0] / step
+        side = step * (math.floor(0.75 * patches) if name == "smaller" else math.ceil(1.25 * patches))
+        return image_transform_v2(replace(preprocess, size=(side, side)), is_train=False)
+    return clip.transform

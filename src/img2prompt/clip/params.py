@@ -1,0 +1,52 @@
+"""The sections `clip` and `embed_images` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from img2prompt.core.params import Count, Section, Seed
+
+
+class SampleClip(Section):
+    """How the sample's small CLIP is trained."""
+
+    pairs: Annotated[int, Field(ge=64)]
+    epochs: Count
+    seed: Seed
+
+
+class ClipParams(Section):
+    """Which CLIP, or several; of `pretrained` and `image_size` one for all or one each."""
+
+    model: str | Annotated[list[str], Field(min_length=1)]
+    pretrained: str | list[str | None] | None
+    image_size: Count | list[Count | None] | None
+    sample: SampleClip
+
+    @property
+    def models(self) -> list[tuple[str, str | None, int | None]]:
+        """Name, tag of the weights and size of every CLIP, in order: number 0, 1, ... in outputs."""
+        names = self.model if isinstance(self.model, list) else [self.model]
+        tags, sizes = (
+            value if isinstance(value, list) else [value] * len(names) for value in (self.pretrained, self.image_size)
+        )
+        return list(zip(names, tags, sizes, strict=True))
+
+    @model_validator(mode="after")
+    def _matching(self) -> Self:
+        count = len(self.model) if isinstance(self.model, list) else 1
+        for key in ("pretrained", "image_size"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != count:
+                raise ValueError(f"{key} lists {len(value)} values for {count} models: one each, or one for all")
+        if len(set(self.models)) < count:
+            raise ValueError("model names a CLIP twice")
+        return self
+
+
+class EmbedImagesParams(Section):
+    """How CLIP is run over pictures and prompts."""
+
+    batch_size: Count

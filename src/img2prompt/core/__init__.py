@@ -1,0 +1,1 @@
+"""What every room stands on: files, params, progress, images, rows, the metric."""

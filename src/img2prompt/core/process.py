@@ -1,0 +1,93 @@
+"""The process of a stage or a command: its threads, its end with whoever started it, its turn, its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def settle() -> None:
+    """Set what libraries read when they are imported: call it before numpy and torch are.
+
+    Sums depend on the number of threads, so it is not left to what a shell happens to export. IMG2PROMPT_THREADS is for
+    machines that are shared.
+    """
+    threads = os.environ.get("IMG2PROMPT_THREADS") or str(os.cpu_count() or 1)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        os.environ[name] = threads
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic CUDA matrix products
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers' threads and forked workers do not mix
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no network call on import
+
+
+@contextlib.contextmanager
+def turn(name: str) -> Iterator[None]:
+    """Do what the block does when no other process of the project writes to outputs/, and report time and peak memory.
+
+    Ends the process with one line where the block raises a ValueError or an OSError, and with status 130 where it is
+    interrupted.
+    """
+    gc.enable()
+    gc.freeze()  # what is imported stays to the end, and then need not be taken apart
+    Path("outputs").mkdir(exist_ok=True)
+    start = time.monotonic()
+    with Path("outputs/.lock").open("w") as lock:
+        # A stage outlives a killed `dvc` by a moment; the next one must not write beside it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if os.environ.get("IMG2PROMPT_DEBUG"):
+                raise
+            sys.exit(f"error in {name}: {error}\n(IMG2PROMPT_DEBUG=1 shows where)")
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"{name}: {time.monotonic() - start:.0f} s, peak {peak / 2**20:.2f} GB", flush=True)
+
+
+class Watch(threading.Thread):
+    """Ends this process when the one that started it is gone: nobody else would, and the next `dvc repro` starts the
+    stage again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._parents = _parents()
+
+    def run(self) -> None:
+        """Look twice a second."""
+        while not self._orphaned():
+            time.sleep(0.5)
+        os._exit(1)
+
+    def _orphaned(self) -> bool:
+        """Whether dvc is gone; also if it went before this process could look: then its parent is in another group."""
+        parents = _parents()
+        try:
+            strangers = any(os.getpgid(pid) != os.getpgrp() for pid in parents)
+        except ProcessLookupError:
+            return True
+        return parents != self._parents or ("DVC_STAGE" in os.environ and strangers)
+
+
+def _parents() -> list[int]:
+    """The process that started this one, and where that is only a shell between, the one that started the shell."""
+    import psutil  # stages alone need it
+
+    parent = psutil.Process().parent()
+    if parent is None:
+        return []
+    with contextlib.suppress(psutil.Error):
+        if parent.name().endswith("sh") and "-c" in parent.cmdline():
+            return [parent.pid, parent.ppid()]
+    return [parent.pid]

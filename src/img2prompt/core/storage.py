@@ -1,0 +1,163 @@
+"""Files that are there whole or not at all, and digests of what a result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+# What a killed run goes on from; no stage's output, ignored by git and DVC.
+RESUME = Path("outputs/.resume")
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Yield a path to write `target` at, a file or a folder; it is renamed into place when the block ends well.
+
+    An interruption leaves the former `target`, or none; never half of one. After an error what was written is
+    removed: a disk that is full gets its space back.
+    """
+    aside = target.with_name(f"{target.name}.partial")  # git and DVC ignore the name
+    _remove(aside)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+    except BaseException:
+        _remove(aside)
+        raise
+    for path in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
+        _sync(path)
+    if target.is_dir():
+        shutil.rmtree(target)
+    aside.replace(target)
+    _sync(target.parent)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """`whole` for a folder, which is made empty."""
+    with whole(target) as aside:
+        aside.mkdir()
+        yield aside
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def resume_folder(name: str, *parts: str | bytes | Path | np.ndarray) -> Path:
+    """A folder below RESUME for what `parts` lead to, see `digest`; what others led to under that name is removed."""
+    folder = RESUME / name / digest(*parts)
+    for stale in folder.parent.glob("*"):
+        if stale != folder:
+            _remove(stale)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def grow(
+    folder: Path,
+    batches: Sequence[Sized],
+    results: Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray]]],
+    seconds: float = 10,
+) -> dict[str, Path]:
+    """Compute arrays batch by batch into .npy files of a folder; after a kill go on near where it was.
+
+    Args:
+        folder: of the files NAME.npy, and of what tells how far they are; the same batches and results lead there.
+        batches: what to compute, each as long as its rows.
+        results: given the batches that are left, yields for each the arrays (rows, ...) by name, always the same names.
+        seconds: from one safe state to the next.
+
+    Returns:
+        The files by name, whole.
+    """
+    state = folder / "grown.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    done, sizes = read_json(state).values() if state.is_file() else (0, {})
+    paths = {name: folder / f"{name}.npy" for name in sizes}
+    if any(not path.is_file() or path.stat().st_size < sizes[name] for name, path in paths.items()):
+        done, sizes = 0, {}  # a stage had begun to take them away
+    total = sum(map(len, batches))
+    files: dict[str, BinaryIO] = {}
+    try:
+        for name, size in sizes.items():
+            # What came after the last safe state may be anything.
+            files[name] = (folder / f"{name}.npy").open("r+b")
+            files[name].truncate(size)
+            files[name].seek(size)
+        saved = time.monotonic()
+        for arrays in results(batches[done:]) if done < len(batches) else ():
+            for name, array in arrays.items():
+                if name not in files:
+                    files[name] = (folder / f"{name}.npy").open("wb")
+                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": (total, *array.shape[1:])}
+                    np.lib.format.write_array_header_1_0(files[name], header)
+                files[name].write(np.ascontiguousarray(array))
+            done += 1
+            if done == len(batches) or time.monotonic() - saved > seconds:
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                with whole(state) as path:
+                    write_json(path, {"batches": done, "sizes": {name: file.tell() for name, file in files.items()}})
+                saved = time.monotonic()
+    finally:
+        for file in files.values():
+            file.close()
+    return {name: folder / f"{name}.npy" for name in files}
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
+    """Write JSON with a fixed layout, so that equal values are equal bytes."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Read JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def room(name: str) -> Path:
+    """The folder of one of the library's rooms: its `digest` changes with the code in it."""
+    return Path(__file__).resolve().parent.parent / name
+
+
+def digest(*parts: str | bytes | Path | np.ndarray) -> str:
+    """SHA-256, in hex, of texts, bytes, arrays (dtype, shape and values), files' contents, folders' names and contents.
+
+    What Python leaves beside its code does not count.
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path) and part.is_dir():
+            files = [path for path in part.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+            names = {str(path.relative_to(part)): path for path in files}
+            total.update(digest(*(item for name in sorted(names) for item in (name, names[name]))).encode())
+        elif isinstance(part, Path):
+            with part.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(part, np.ndarray):
+            head = f"{part.dtype}{part.shape}".encode()
+            total.update(hashlib.sha256(head + np.ascontiguousarray(part).tobytes()).digest())
+        else:
+            total.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+    return total.hexdigest()

@@ -1,0 +1,1 @@
+"""The members' mix (eq. 6) and its weights."""

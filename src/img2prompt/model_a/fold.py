@@ -1,0 +1,179 @@
+"""A training of Model A that never sees some of the folds: the rows, where both heads start, what comes out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from img2prompt.clip.features import Pictures, stem
+from img2prompt.clip.model import Clip, load_clip, view
+from img2prompt.clip.towers import projection, tower, unfrozen
+from img2prompt.core.rows import read_rows
+from img2prompt.model_a.inputs import Augmented, Drawn, Inputs, Stored
+from img2prompt.model_a.params import Augmentation, ModelAParams, Rates
+from img2prompt.model_a.ridge import Ridge, TextPrior, ridge
+from img2prompt.model_a.training import train
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """What is known of the n train rows and of the t prompts without pictures, whichever CLIP looks at them."""
+
+    targets: np.ndarray  # (copies, n, 384) float32, norm 1; the first copy is of the prompts as they are
+    fold: np.ndarray  # (n,) int64
+    group: np.ndarray  # (n,) int64, equal for similar prompts
+    kept: np.ndarray  # (n,) bool: may train
+    scored: np.ndarray  # (n,) bool: counts for scores
+    prompt: np.ndarray  # (n,) int64, equal for equal prompts
+    texts_targets: np.ndarray  # (t, 384) float32, norm 1
+    texts_kept: np.ndarray  # (t,) bool: may train
+    texts_near: np.ndarray  # (t, folds) bool: has a prompt of the fold near; folds in ascending order
+
+    @classmethod
+    def read(cls, outputs: Path) -> TrainRows:
+        """Read what the stages left in a folder of outputs."""
+        prompts = outputs / "embed_prompts"
+        targets = np.load(prompts / "train.npy")
+        table = pd.read_parquet(outputs / "folds/folds.parquet")
+        return cls(
+            targets=np.concatenate([targets[None], np.load(prompts / "augmented.npy")]),
+            fold=table.fold.to_numpy(),
+            group=table.group.to_numpy(),
+            kept=np.load(outputs / "dedup/kept.npy"),
+            scored=np.load(outputs / "dedup/scored.npy"),
+            prompt=pd.factorize(read_rows(outputs / "prepare/train.parquet", ["prompt"]).prompt)[0],
+            texts_targets=np.load(prompts / "texts.npy"),
+            texts_kept=np.load(outputs / "dedup/texts_kept.npy"),
+            texts_near=np.load(outputs / "folds/texts.npy"),
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """One CLIP's view of pictures and prompts, and the layers of its tower that train."""
+
+    clip: Clip  # untouched, on the CPU
+    layers: nn.Sequential  # of its tower, in order
+    unfreeze: int  # so many of the last of them train
+    outputs: Path
+    number: int  # of the CLIP
+    views: Sequence[str]  # the plain one first
+
+    @classmethod
+    def read(cls, outputs: Path, number: int, section: ModelAParams) -> Features:
+        """Load a CLIP from a folder of outputs; what it made of pictures stays on disk until it is asked for."""
+        clip = load_clip(outputs / f"clip/{number}", "cpu")
+        views = ("plain", *section.tta)
+        return cls(clip, tower(clip.model.visual), section.layers(number), outputs, number, views)
+
+    @property
+    def last(self) -> nn.Sequential:
+        """A copy of the layers that train."""
+        return copy.deepcopy(unfrozen(self.layers, self.unfreeze))
+
+    @cached_property
+    def pooled(self) -> np.ndarray:
+        """V(x) of the train pictures by the untouched tower: (n, d) float32."""
+        return np.load(self._embedded / "train_pooled.npy")
+
+    def stored_pooled(self, split: str) -> list[Inputs]:
+        """V(x) of every view of a split's pictures."""
+        return self._stored(split, "pooled")
+
+    def inputs(self, split: str, augmentation: Augmentation, seed: int, device: str) -> list[Inputs]:
+        """What feeds the layers that train, of every view of a split's pictures."""
+        if not augmentation.on:
+            return self._stored(split, "frozen" if self.unfreeze else "pooled")
+        frozen = self.layers[: len(self.layers) - self.unfreeze]
+        references = read_rows(self.outputs / f"prepare/{split}.parquet").picture
+        drawn: list[Pictures] = [
+            Augmented(references, view(self.clip, seen), augmentation, seed) for seen in self.views
+        ]
+        return [Drawn(pictures, frozen, device) for pictures in drawn]
+
+    def text_prior(self, rows: TrainRows, training: np.ndarray, unseen: Sequence[int]) -> TextPrior:
+        """What the prompts of training rows say, and those without pictures but for any near a prompt of folds unseen.
+
+        Raises:
+            ValueError: CLIP's projection is not linear.
+        """
+        near = rows.texts_near[:, np.isin(np.unique(rows.fold), unseen)].any(axis=1)
+        more = rows.texts_kept & ~near
+        texts = [np.load(self._embedded / "train_text.npy")[training], np.load(self._embedded / "texts_text.npy")[more]]
+        spoken = [rows.targets[0, training], rows.texts_targets[more]]
+        matrix = projection(self.clip.model.visual, self.pooled.shape[1])
+        return TextPrior(*(torch.from_numpy(np.concatenate(parts)) for parts in (texts, spoken)), matrix)
+
+    @property
+    def _embedded(self) -> Path:
+        return self.outputs / f"embed_images/{self.number}"
+
+    def _stored(self, split: str, name: str) -> list[Inputs]:
+        files = [self._embedded / f"{stem(split, seen)}_{name}.npy" for seen in self.views]
+        return [Stored(np.load(file, mmap_mode="r")) for file in files]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which rows train, which are unseen, and which of these are watched.
+
+    `unseen` lists the folds that nothing here learns from. `watched` is the one of them whose scored rows tell how good
+    the training is: for the predictions of a fold the fold itself, for a search another one beside it.
+    """
+
+    rows: TrainRows
+    features: Features
+    unseen: Sequence[int]
+    watched: int
+
+    @property
+    def training_rows(self) -> np.ndarray:
+        """The rows that train: kept, and in none of the folds unseen."""
+        return np.flatnonzero(self.rows.kept & ~np.isin(self.rows.fold, self.unseen))
+
+    @property
+    def watched_rows(self) -> np.ndarray:
+        """The scored rows of the fold that is watched."""
+        return np.flatnonzero(self.rows.scored & (self.rows.fold == self.watched))
+
+    def start(self, pretrain: bool) -> Ridge:
+        """The ridge regression that both heads start as, with the text prior or without."""
+        training = self.training_rows
+        prior = self.features.text_prior(self.rows, training, self.unseen) if pretrain else None
+        pooled, targets = (torch.from_numpy(x[training]) for x in (self.features.pooled, self.rows.targets[0]))
+        return ridge(pooled, targets, self.rows.group[training], prior)
+
+    def train(
+        self,
+        kind: str,
+        start: Ridge,
+        inputs: Inputs,
+        settings: ModelAParams,
+        rates: Rates,
+        seed: Sequence[int],
+        device: str,
+        resume: Path,
+        watch: bool = True,
+    ) -> tuple[nn.ModuleDict, pd.DataFrame]:
+        """Train a copy of the tower's last layers with a head.
+
+        Args: as `training.train`; with `watch` the history scores the rows that are watched.
+
+        Returns:
+            `tower` and `head`, trained, and the history.
+        """
+        last = self.features.last
+        head, history = train(
+            kind, start, self.features.pooled, inputs, last, self.rows.targets, self.training_rows,
+            self.watched_rows if watch else np.empty(0, np.int64), settings, rates, seed, device, resume,
+            np.where(np.isin(self.rows.fold, self.unseen), -1, self.rows.prompt) if settings.any_picture else None,
+        )  # fmt: skip
+        return nn.ModuleDict({"tower": last, "head": head}), history

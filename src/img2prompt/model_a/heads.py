@@ -1,0 +1,89 @@
+"""The heads: the paper's (eq. 1-3) and one linear layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from img2prompt.model_a.ridge import Ridge
+
+
+class Wide(nn.Module):
+    """A hidden layer beside the output (the competition's 1st place: 16,384 wide, with batch norm).
+
+    Its own output starts at zero, so that a head with it starts where the head without it does.
+    """
+
+    def __init__(self, features: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = (
+            nn.Linear(features, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden, outputs),
+        )
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, d) -> (n, t)."""
+        self.norm.train(self.training and len(features) > 1)  # one row alone has no spread
+        return self.leave(functional.relu(self.norm(self.enter(features))))
+
+
+class LinearHead(nn.Module):
+    """The paper's row "CLIP": one linear layer on standardised features. Starts as the ridge regression.
+
+    Args:
+        start: the ridge regression from pooled features to targets.
+        dropout: on the features.
+        hidden: width of a hidden layer beside it; 0: none.
+    """
+
+    def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", start.mean.clone())
+        self.register_buffer("std", start.std.clone())
+        self.dropout = nn.Dropout(dropout)
+        outputs, features = start.weight.shape
+        self.fc = nn.Linear(features, outputs)
+        self.fc.weight.data.copy_(start.weight)
+        self.fc.bias.data.copy_(start.bias)
+        self.wide = Wide(features, hidden, outputs) if hidden else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """V (n, d) -> (n, t), not normalised."""
+        x = self.dropout((features - self.mean) / self.std)
+        return self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
+
+
+class PaperHead(nn.Module):
+    """Model A, eq. 1-3: N1 = LayerNorm1(FC1(V)), N2 = LayerNorm2(FC2(N1)), A = w*N1 + (1-w)*N2, w learned from 0.5.
+
+    FC1 starts as the ridge regression and FC2 as the identity. A norm takes out the mean over the t outputs, which
+    is next to nothing beside their spread, and the scale, so N1, N2 and A start in the ridge regression's direction.
+
+    Args: as LinearHead, which is FC1.
+    """
+
+    def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
+        super().__init__()
+        width = len(start.bias)
+        self.fc1, self.norm1 = LinearHead(start, dropout, hidden), nn.LayerNorm(width, eps=1e-8)
+        self.fc2, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-8)
+        self.w = nn.Parameter(torch.tensor(0.5))
+        nn.init.eye_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+        for norm in (self.norm1, self.norm2):
+            nn.init.constant_(norm.weight, 1 / math.sqrt(width))  # outputs of norm about 1, like the targets
+
+    def forward(self, features: Tensor) -> Tensor:
+        """V (n, d) -> (n, t), not normalised."""
+        n1 = self.norm1(self.fc1(features))
+        n2 = self.norm2(self.fc2(n1))
+        return self.w * n1 + (1 - self.w) * n2
+
+
+HEADS: dict[str, type[LinearHead] | type[PaperHead]] = {"clip": LinearHead, "model_a": PaperHead}

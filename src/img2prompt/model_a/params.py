@@ -1,0 +1,73 @@
+"""The section `model_a` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from img2prompt.core.params import Count, Layers, Positive, Section, Seed, Share
+
+
+class Rates(Section):
+    """One head's schedule: epochs of the head alone, then of tower and head, with their learning rates."""
+
+    head_epochs: Annotated[int, Field(ge=0)]
+    tower_epochs: Annotated[int, Field(ge=0)]
+    lr_head: Positive
+    lr_tower: Positive
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.head_epochs + self.tower_epochs == 0:
+            raise ValueError("head_epochs and tower_epochs are both 0: nothing would be trained")
+        return self
+
+
+class Augmentation(Section):
+    """Augmentation of the pictures; all zero: off, and frozen layers run once instead of once an epoch."""
+
+    crop: Annotated[float, Field(ge=0, lt=1)]
+    rotation: Annotated[float, Field(ge=0, le=180)]
+    flip: Share
+
+    @property
+    def on(self) -> bool:
+        """Whether any augmentation is switched on."""
+        return self.crop > 0 or self.rotation > 0 or self.flip > 0
+
+
+class ModelAParams(Rates):
+    """Training of the paper's head (the inherited keys) and of the baseline head (`baseline`).
+
+    `unfreeze` is one for all CLIPs or one each: `layers`.
+    """
+
+    seed: Seed
+    unfreeze: Layers | list[Layers]
+    batch_size: Count
+    accumulate: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    clip_grad: Positive
+    pretrain: bool
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    mse: Annotated[float, Field(ge=0)]
+    hidden: Annotated[int, Field(ge=0)]
+    ema: Share
+    wise: Share
+    tta: list[Literal["flip", "smaller", "larger", "renormalised"]]
+    any_picture: bool
+    baseline: Rates
+    augmentation: Augmentation
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.tta)) < len(self.tta):
+            raise ValueError("tta names a view twice")
+        return self
+
+    def layers(self, clip: int) -> int:
+        """How many layers of a CLIP's tower train, by its number."""
+        return self.unfreeze[clip] if isinstance(self.unfreeze, list) else self.unfreeze

@@ -1,0 +1,137 @@
+"""Ridge regression in closed form, where both heads start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A closed-form ridge regression: `(features - mean) / std @ weight.T + bias`.
+
+    `score` is the mean cosine over the rows it was fitted on, each predicted without its group: the best of the
+    strengths tried, and of the shares of the text prior.
+    """
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+    strength: float
+    share: float
+    score: float
+
+
+@dataclass(frozen=True)
+class TextPrior:
+    """What CLIP's texts say of the targets, as a prior for a ridge regression on pictures.
+
+    `texts` (m, k) are CLIP text embeddings and `targets` (m, t) theirs; the first n are those of the n rows that the
+    regression is fitted on, others need no picture. `projection` (d, k) is CLIP's, from features to the space of texts.
+    """
+
+    texts: Tensor
+    targets: Tensor
+    projection: Tensor
+
+
+class _Spectrum:
+    """The eigendecomposition from which the fits of every strength on rows x (n, d) of mean 0 follow."""
+
+    def __init__(self, x: Tensor, groups: np.ndarray) -> None:
+        # The smaller of the two Gram matrices; either gives the same fit.
+        self.x, self.dual = x, len(x) <= x.shape[1]
+        values, self.vectors = torch.linalg.eigh(x @ x.T if self.dual else x.T @ x)
+        self.values = values.clamp(min=0)
+        # Rows in the eigenbasis: the fit at strength s is basis @ diag(shrink(s)) @ basis.T @ outputs.
+        self.basis = self.vectors if self.dual else (x @ self.vectors) / self.values.clamp(min=1e-9).sqrt()
+        if len(np.unique(groups)) == 1:  # without its group nothing would be left to predict a row from
+            groups = np.arange(len(groups))
+        members = pd.Series(np.arange(len(groups))).groupby(groups).agg(list)
+        self.groups = [
+            torch.tensor(np.stack(alike.to_list())) for _, alike in members.groupby(members.map(len))
+        ]  # of every size g, the rows of the m groups of that size: (m, g)
+
+    def left_out(self, outputs: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
+        """For each strength, outputs (n, o) of mean 0 less what is predicted of a row without its group's rows."""
+        projected = self.basis.T @ outputs
+        for strength in strengths:
+            shrink = self.values / (self.values + strength)
+            residual = outputs - self.basis @ (shrink[:, None] * projected)
+            rooted = self.basis * shrink.sqrt()
+            for rows in self.groups:
+                block = rooted[rows]
+                hat = block @ block.mT + 1 / len(self.x)  # the last part is the mean's
+                residual[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
+            yield residual
+
+    def weight(self, outputs: Tensor, strength: float) -> Tensor:
+        """The fit's weight (o, d)."""
+        inner = self.vectors / (self.values + strength) @ self.vectors.T
+        return (self.x.T @ (inner @ outputs) if self.dual else inner @ (self.x.T @ outputs)).T
+
+
+def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, prior: TextPrior | None = None) -> Ridge:
+    """Fit every strength from one eigendecomposition, take the best by leaving groups out, also in closed form.
+
+    Features are brought to mean 0 and deviation 1 first: strengths weigh them alike. The strengths go from hardly
+    any to the mean target alone, in steps of about 1.8, so the best one is inside.
+
+    With a prior, weights shrink towards a share of what another ridge regression, from CLIP's texts to the targets,
+    says of projected pictures, in place of towards zero. The share is chosen with the strength, and a group's texts
+    are left out with its pictures; a share of 0 is the regression without prior.
+
+    Args:
+        features: (n, d) float32.
+        targets: (n, t) of norm 1.
+        groups: (n,) rows of one group are predicted without each other; None: each row is a group.
+        prior: see TextPrior.
+    """
+    groups = np.arange(len(features)) if groups is None else groups
+    centre, std = features.mean(0), features.std(0) + 1e-6
+    x, t = ((features - centre) / std).double(), targets.double()
+    mean = t.mean(0)
+    outputs, spectrum = t - mean, _Spectrum(x, groups)
+    shares = torch.linspace(0, 1.5, 31, dtype=torch.double) if prior else torch.zeros(1, dtype=torch.double)
+    if prior:
+        others = groups.max() + 1 + np.arange(len(prior.texts) - len(x))
+        text_groups = np.concatenate([groups, others])
+        text = ridge(prior.texts, prior.targets, text_groups)
+        c = ((prior.texts - text.mean) / text.std).double()
+        spoken = prior.targets.double() - text.bias.double()
+        (wrong,) = _Spectrum(c, text_groups).left_out(spoken, [text.strength])
+        inverse = torch.linalg.inv(c.T @ c + text.strength * torch.eye(c.shape[1], dtype=torch.double))
+        translate = text.weight.double().T  # (k, t)
+        project = std.double()[:, None] * prior.projection.double() / text.std.double()
+        project /= (x @ project).square().mean().sqrt()  # as wide as texts are: a share of 1 takes them at their word
+        outputs = torch.cat([outputs, x @ project], dim=1)
+
+    best = (-math.inf, 0.0, 0.0)
+    strengths = (len(x) * 10 ** torch.linspace(-3, 4, 29)).tolist()
+    for strength, left_out in zip(strengths, spectrum.left_out(outputs, strengths), strict=True):
+        predicted = t - left_out[:, : t.shape[1]]
+        scores = functional.cosine_similarity(predicted, t).mean()[None]
+        if prior:
+            # The regression takes back what it finds of the prior in the other rows; this much of a row is left.
+            q = left_out[:, t.shape[1] :]
+            added = q @ translate
+            for rows in spectrum.groups:
+                added[rows] -= q[rows] @ inverse @ c[rows].mT @ wrong[rows]
+            aa, ab, bb = (predicted * predicted).sum(1), (predicted * added).sum(1), (added * added).sum(1)
+            norms = (aa[:, None] + 2 * shares * ab[:, None] + shares**2 * bb[:, None]).sqrt()
+            dots = (predicted * t).sum(1)[:, None] + shares * (added * t).sum(1)[:, None]
+            scores = (dots / norms).mean(0)
+        place = int(scores.argmax())
+        best = max(best, (scores[place].item(), strength, shares[place].item()))
+    score, strength, share = best
+    start = share * project @ translate if prior else torch.zeros(x.shape[1], t.shape[1], dtype=torch.double)
+    weight = start.T + spectrum.weight(t - mean - x @ start, strength)
+    return Ridge(centre, std, weight.float(), mean.float(), strength, share, score)

@@ -1,0 +1,1 @@
+"""Prompts: their embeddings, augmented copies, near-duplicates, folds."""

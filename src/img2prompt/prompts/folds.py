@@ -1,0 +1,153 @@
+"""Folds that keep similar prompts together, so that no fold is scored on prompts it has seen in training."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+
+from img2prompt.core.progress import progress
+from img2prompt.prompts.dedup import BLOCK, TILE, FastCosines, check_rows, exact_cosines, max_cosine
+
+STEP = 0.01  # how a threshold rises: readable in the scores, and the same after small changes of the data
+PENDING = 1_000_000  # edges held beside the forest: about 100 MB while they are reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """Which fold and which group of similar prompts each row belongs to."""
+
+    fold: np.ndarray  # (n,) int64, of the ids asked for
+    group: np.ndarray  # (n,) int64, numbered from 0 in order of first appearance
+    group_threshold: float  # the cosine that groups were made at
+    max_cross_fold_cosine: float  # the largest cosine between rows of different folds
+
+
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # i, j: (m,) int64, i > j; cosine: (m,) float64, above 0
+
+
+def spanning_forest(n: int, parts: list[Edges]) -> Edges:
+    """The at most n - 1 edges of a maximum spanning forest of a graph on n rows, given as distinct edges."""
+    i, j, cosine = map(np.concatenate, zip(*parts, strict=True))
+    graph = coo_array((-cosine, (i, j)), (n, n)).tocsr()  # minimum of the negatives; 0 would mean "no edge"
+    tree = minimum_spanning_tree(graph).tocoo()
+    return tree.row, tree.col, -tree.data
+
+
+def components(n: int, edges: Edges, threshold: float) -> np.ndarray:
+    """(n,) int64: rows joined by edges of at least `threshold`, numbered in order of first appearance."""
+    i, j, cosine = edges
+    strong = cosine >= threshold
+    graph = coo_array((strong[strong], (i[strong], j[strong])), (n, n))
+    labels = connected_components(graph, directed=False)[1]
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def similarity_forest(embeddings: np.ndarray, threshold: float) -> Edges:
+    """A maximum spanning forest of the graph of all pairs with cosine >= threshold.
+
+    Two rows are joined by edges of at least t in the graph if and only if they are so in the forest, for any
+    t from the threshold up: one pass and O(n) memory serve them all. `embeddings`: (n, d) float32 at norm 1.
+    """
+    n = len(embeddings)
+    fast = FastCosines(embeddings)
+    rows = fast.cast(embeddings)
+    parts, held = [], 0
+    for start in progress(range(0, n, BLOCK), "folds", unit="block"):
+        stop = min(start + BLOCK, n)
+        for first in range(0, stop, TILE):
+            i, j, _ = fast.pairs(rows[start:stop], rows[first : min(first + TILE, stop)], threshold)
+            i, j = start + i, first + j
+            i, j = i[i > j], j[i > j]
+            cosine = exact_cosines(embeddings, i, embeddings, j)
+            edge = cosine >= threshold
+            parts.append((i[edge], j[edge], cosine[edge]))
+            held += edge.sum()
+            if held > PENDING:
+                parts, held = [spanning_forest(n, parts)], 0
+    return spanning_forest(n, parts)
+
+
+def make_folds(
+    embeddings: np.ndarray,
+    ids: Sequence[int],
+    threshold: float,
+    max_threshold: float,
+    seed: int,
+    given: np.ndarray | None = None,
+) -> Folds:
+    """Rows with a cosine of at least `threshold`, directly or through others, share a fold.
+
+    Such groups can grow into a giant one. Then the threshold rises by 0.01 until the largest group is no
+    larger than a fold (n / len(ids)), but never above `max_threshold`: a giant group that is left there makes
+    its fold larger. Groups go to folds the largest first, each to the smallest fold so far; `seed` orders
+    groups of one size. (scikit-learn's GroupKFold balances either sizes or, shuffled, numbers of groups.)
+
+    `embeddings`: (n, d) float32 at norm 1. `ids`: the folds' names, distinct. `given`: (n,) float64, the folds that
+    rows came with, nan for those without; they are kept, even where they part a group, and the rest of such a group
+    joins the fold that most of its given rows are in (of equals the first of `ids`).
+    Raises ValueError for a given fold that is not among `ids`, an id that gets no rows, rows that `check_rows`
+    refuses, fewer than two ids or equal ones, a threshold of 0 or less, and fewer groups than folds.
+    """
+    check_rows(embeddings)
+    if len(set(ids)) < max(2, len(ids)):
+        raise ValueError(f"folds.ids: give two or more distinct ids, not {list(ids)}")
+    if threshold <= 0:
+        raise ValueError(f"folds.threshold: give a cosine above 0, not {threshold}")
+
+    n = len(embeddings)
+    forest = similarity_forest(embeddings, threshold)
+    group = components(n, forest, threshold)
+    while np.bincount(group).max() > n / len(ids) and threshold < max_threshold:
+        threshold = min(round(threshold + STEP, 6), max_threshold)
+        group = components(n, forest, threshold)
+
+    sizes = np.bincount(group)
+    given = np.full(n, np.nan) if given is None else given
+    fixed = ~np.isnan(given)
+    if len(sizes) < len(ids) and not fixed.all():
+        raise ValueError(
+            f"folds.ids: {len(ids)} folds, but only {len(sizes)} groups of prompts with a cosine below "
+            f"{threshold} between them: give at most {len(sizes)} ids, or raise folds.threshold"
+        )
+    if strange := sorted(set(given[fixed].astype(int).tolist()) - set(ids)):
+        raise ValueError(f"folds.ids: {list(ids)} lacks the folds {strange[:10]} that the data come with: add them")
+    # A group's rows by the folds they came with.
+    votes = np.stack([np.bincount(group[given == fold_id], minlength=len(sizes)) for fold_id in ids], axis=1)
+    fold_of_group = np.asarray(ids, dtype=np.int64)[votes.argmax(axis=1)]
+    taken = votes.sum(axis=0) + np.bincount(
+        votes.argmax(axis=1), weights=np.where(votes.any(axis=1), sizes - votes.sum(axis=1), 0), minlength=len(ids)
+    ).astype(int)
+    smallest = [(int(size), place) for place, size in enumerate(taken)]
+    heapq.heapify(smallest)
+    for g in np.lexsort((np.random.default_rng(seed).permutation(len(sizes)), -sizes)):
+        if not votes[g].any():
+            size, place = smallest[0]
+            heapq.heapreplace(smallest, (size + int(sizes[g]), place))
+            fold_of_group[g] = ids[place]
+    fold = np.where(fixed, given, fold_of_group[group]).astype(np.int64)
+    if len(set(fold.tolist())) < len(ids):
+        raise ValueError(f"folds.ids: no row is in {sorted(set(ids) - set(fold.tolist()))}: take them out")
+    return Folds(fold, group, threshold, max_cosine(embeddings, embeddings, fold, fold))
+
+
+def near_folds(
+    texts: np.ndarray, embeddings: np.ndarray, fold: np.ndarray, ids: Sequence[int], threshold: float
+) -> np.ndarray:
+    """(t, folds) bool: whether a text has a cosine of at least `threshold` with a row of each fold of `ids`.
+
+    Such a text tells a model too much about the fold, as the fold's own prompts would. `texts`: (t, d) float32 at
+    norm 1; `embeddings`, `fold`: of the n rows.
+    """
+    near = np.zeros((len(texts), len(ids)), dtype=bool)
+    for start in progress(range(0, len(texts), BLOCK), "texts", unit="block"):
+        block = texts[start : start + BLOCK]
+        for place, fold_id in enumerate(ids):
+            rows = embeddings[fold == fold_id]
+            for first in range(0, len(rows), TILE):
+                cosine = block @ rows[first : first + TILE].T
+                near[start : start + BLOCK, place] |= (cosine >= threshold - 1e-6).any(axis=1)
+    return near

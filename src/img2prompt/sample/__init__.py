@@ -1,0 +1,1 @@
+"""The competition made on the spot."""

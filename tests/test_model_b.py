@@ -1,0 +1,327 @@
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from img2prompt.core.metric import cosine, mean_cosine, unit
+from img2prompt.ensemble.weights import Cosines, mix, search_weights
+from img2prompt.model_b import neighbours
+from img2prompt.model_b.choice import DISTANCE_DIM_GRID, Setting, Texts, fit_predict
+from img2prompt.model_b.neighbours import Neighbours, nearest
+from img2prompt.model_b.regression import grid_scores, regress, weights
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Matrices this small gain nothing from threads, and lose on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def directions(n, dim, seed):
+    return unit(np.random.default_rng(seed).normal(size=(n, dim))).astype(np.float32)
+
+
+def brute_force(queries, keys, k):
+    """All distances in float64, ordered by (distance, index)."""
+    queries, keys = unit(queries).astype(np.float64), unit(keys).astype(np.float64)
+    distance = np.linalg.norm(queries[:, None] - keys, axis=2)
+    index = np.argsort(distance, axis=1, kind="stable")[:, :k]
+    return index, np.take_along_axis(distance, index, axis=1)
+
+
+@contextmanager
+def small_blocks():
+    """Blocks so small that a few rows cross every seam."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "GATHERED": 500, "SLACK": 2}.items():
+            patch.setattr(neighbours, name, size)
+        yield
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 90), st.integers(2, 20), st.data())
+def test_nearest_is_brute_force(n, m, dim, data):
+    k = data.draw(st.integers(1, m))
+    queries, keys = directions(n, dim, 1), directions(m, dim, 2)
+    index, distance = brute_force(queries, keys, k)
+    with small_blocks():
+        found = nearest(queries, keys, k)
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_allclose(found.distance, distance, rtol=1e-7)
+    assert (found.index.dtype, found.distance.dtype) == (np.int64, np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 5, 60, 100])
+def test_equal_keys_are_ordered_by_index(k):
+    # 100 keys of 4 directions: every distance is shared by some 25 keys, far more than the slack.
+    of = np.random.default_rng(0).integers(4, size=100)
+    keys, queries = directions(4, 8, 3)[of], directions(20, 8, 4)
+    with small_blocks():
+        found = nearest(queries, keys, k)
+    np.testing.assert_array_equal(found.index, brute_force(queries, keys, k)[0])
+
+
+def test_a_query_among_the_keys_is_at_distance_zero():
+    keys = directions(50, 512, 5)
+    keys[30] = keys[20]
+    close = keys.copy()
+    close[:, 0] += 1e-5
+    found = nearest(keys, keys, 2)
+    np.testing.assert_array_equal(found.distance[:, 0], 0)
+    assert found.index[20].tolist() == found.index[30].tolist() == [20, 30]
+    # 2 - 2*dot in fp32 would be wrong in the first digit here.
+    np.testing.assert_allclose(nearest(close, keys, 1).distance, brute_force(close, keys, 1)[1], rtol=1e-7)
+
+
+def test_lengths_of_queries_and_keys_do_not_matter():
+    queries, keys = directions(10, 6, 6), directions(40, 6, 7)
+    longer = nearest(4 * queries, keys * np.arange(1, 41)[:, None], 9)
+    np.testing.assert_array_equal(longer.index, nearest(queries, keys, 9).index)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_nearest_refuses_a_k_that_the_bank_cannot_serve(k):
+    with pytest.raises(ValueError, match="3 keys"):
+        nearest(directions(2, 4, 0), directions(3, 4, 0), k)
+
+
+def test_weights_by_hand():
+    # w = 1 / (d**2 + 0.5): 1/0.75, 1/1.5, 1/4.5 = 12/9, 6/9, 2/9; of their sum 20/9: 0.6, 0.3, 0.1
+    distance = np.array([[0.5, 1.0, 2.0]], dtype=np.float32)
+    np.testing.assert_allclose(weights(distance, 2, 0.5, 1), [[0.6, 0.3, 0.1]])
+    np.testing.assert_allclose(weights(distance, 0, 0.5, 1), [[1 / 3, 1 / 3, 1 / 3]])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.floats(0, 2, width=32), min_size=1, max_size=6),
+    st.floats(0, 64),
+    st.floats(1e-300, 1),
+    st.floats(1e-300, 1e300),
+)
+def test_coef_cancels_and_weights_stay_finite(distances, distance_dim, eps, coef):
+    distance = np.array([sorted(distances)], dtype=np.float32)
+    share = weights(distance, distance_dim, eps, coef)
+    np.testing.assert_allclose(share, weights(distance, distance_dim, eps, 1), rtol=1e-9, atol=1e-300)
+    assert share.sum() == pytest.approx(1)
+    assert (np.diff(share) <= 1e-12).all()
+
+
+def test_large_powers_neither_overflow_nor_vanish():
+    # 0.001**400 is no float64; the ratio of the two weights, 2**400 / 1, is.
+    share = weights(np.array([[1e-3, 2e-3]]), 400, 1e-300, 1)
+    np.testing.assert_allclose(share, [[0.5, 0.5]])  # both powers are far below eps, which levels them
+    share = weights(np.array([[0.25, 0.5]]), 400, 1e-300, 1)
+    np.testing.assert_allclose(share, [[1, 2.0**-400]], rtol=1e-9)
+
+
+def test_an_exact_match_counts_by_eps():
+    share = weights(np.array([[0.0, 0.5]]), 2, 1e-3, 1)
+    np.testing.assert_allclose(share[0, 0] / share[0, 1], (0.25 + 1e-3) / 1e-3)
+    np.testing.assert_allclose(weights(np.array([[0.0, 0.0, 1.0]]), 1, 1e-12, 1), [[0.5, 0.5, 0]], atol=1e-9)
+
+
+@pytest.mark.parametrize(("distance_dim", "eps", "coef"), [(-1, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, np.nan)])
+def test_weights_refuses(distance_dim, eps, coef):
+    with pytest.raises(ValueError, match="eps"):
+        weights(np.ones((1, 2)), distance_dim, eps, coef)
+
+
+def test_regress_by_hand():
+    # Weights 0.6 and 0.3 (see above; the third neighbour is beyond k) of (1, 0) and (0, 1): (2, 1) / sqrt(5).
+    neighbours = Neighbours(np.array([[2, 0, 1]]), np.array([[0.5, 1.0, 2.0]], dtype=np.float32))
+    targets = np.array([[0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]], dtype=np.float32)
+    predicted = regress(neighbours, targets, k=2, distance_dim=2, eps=0.5, coef=7)
+    np.testing.assert_allclose(predicted, np.array([[2, 1]]) / 5**0.5, rtol=1e-6)
+    assert predicted.dtype == np.float32
+    with pytest.raises(ValueError, match="3 neighbours were searched"):
+        regress(neighbours, targets, k=4, distance_dim=2, eps=0.5, coef=1)
+
+
+def test_the_grid_s_scores_are_those_of_regress():
+    targets, own = directions(80, 12, 8), directions(25, 12, 9)
+    neighbours = nearest(directions(25, 6, 10), directions(80, 6, 11), 50)
+    ks, dims = (1, 2, 7, 40), (0, 1.5, 8, 64)
+    with small_blocks():
+        scores = grid_scores(neighbours, targets, 3 * own, ks, dims, 1e-12, 2.0)
+    for i, k in enumerate(ks):
+        for j, distance_dim in enumerate(dims):
+            direct = cosine(regress(neighbours, targets, k, distance_dim, 1e-12, 2.0), own)
+            np.testing.assert_allclose(scores[:, i, j], direct, atol=1e-6)
+
+
+N, M = 240, 20
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Pictures, prompts and targets that share a 4-d meaning; text keys are noisier than image keys."""
+    rng = np.random.default_rng(12)
+    meaning, on_test = rng.normal(size=(N, 4)), rng.normal(size=(M, 4))
+    to_clip, to_target = rng.normal(size=(4, 8)), rng.normal(size=(4, 12))
+    return {
+        "queries": meaning @ to_clip + 0.3 * rng.normal(size=(N, 8)),
+        "bank": {
+            "text": meaning @ to_clip + 0.8 * rng.normal(size=(N, 8)),
+            "image": meaning @ to_clip + 0.3 * rng.normal(size=(N, 8)),
+        },
+        "targets": unit(meaning @ to_target).astype(np.float32),
+        "fold": np.arange(N) % 4,
+        "kept": rng.random(N) < 0.9,
+        "scored": rng.random(N) < 0.8,
+        "test_queries": on_test @ to_clip,
+        "keys": "both",
+        "k": "search",
+        "distance_dim": "search",
+        "eps": 1e-9,
+        "coef": 1.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def result(data):
+    return fit_predict(**data)
+
+
+def test_neighbours_come_from_kept_rows_of_other_folds(data, result):
+    for kind in ("text", "image"):
+        found = result.neighbours[kind]
+        assert data["kept"][found.index].all()
+        assert (data["fold"][found.index] != data["fold"][:, None]).all()
+        assert data["kept"][result.test_neighbours[kind].index].all()
+    # A row's nearest kept row of another fold, by hand.
+    rows = np.flatnonzero(data["kept"] & (data["fold"] != data["fold"][5]))
+    best = rows[cosine(np.tile(data["queries"][5], (len(rows), 1)), data["bank"]["image"][rows]).argmax()]
+    assert result.neighbours["image"].index[5, 0] == best
+
+
+def test_the_choice_is_the_best_of_the_table_and_predicts_the_test(data, result):
+    args = data["eps"], data["coef"]
+    for kind, setting in result.choice.settings.items():
+        table = result.search_table.query("keys == @kind")
+        best = table.loc[table["score"].idxmax()]
+        assert (setting.k, setting.distance_dim) == (best["k"], best["distance_dim"])
+        direct = regress(result.neighbours[kind], data["targets"], setting.k, setting.distance_dim, *args)
+        scored = data["scored"]
+        assert best["score"] == pytest.approx(mean_cosine(direct[scored], data["targets"][scored]), abs=1e-6)
+    by_kind = {
+        kind: regress(found, data["targets"], setting.k, setting.distance_dim, *args)
+        for kind, found in result.test_neighbours.items()
+        for setting in [result.choice.settings[kind]]
+    }
+    share = result.choice.image_share
+    expected = mix([by_kind["image"], by_kind["text"]], [share, 1 - share])
+    np.testing.assert_array_equal(result.test, expected)
+    assert result.test.dtype == result.oof.dtype == np.float32
+
+
+def test_a_fold_is_predicted_under_its_own_choice(data, result):
+    for held_out, choice in result.fold_choices.items():
+        rows = data["fold"] == held_out
+        image, text = (
+            regress(result.neighbours[kind], data["targets"], s.k, s.distance_dim, data["eps"], data["coef"])
+            for kind, s in (("image", choice.settings["image"]), ("text", choice.settings["text"]))
+        )
+        shares = [choice.image_share, 1 - choice.image_share]
+        np.testing.assert_array_equal(result.oof[rows], mix([image[rows], text[rows]], shares))
+        others = data["scored"] & ~rows
+        assert shares[0] == search_weights(Cosines.between([image[others], text[others]], data["targets"][others]))[0]
+
+
+def test_both_kinds_of_keys_beat_one(data, result):
+    scored = data["scored"]
+    for keys in ("text", "image"):
+        alone = fit_predict(**{**data, "keys": keys})
+        assert set(alone.choice.settings) == set(alone.neighbours) == {keys}
+        assert alone.choice.image_share == float(keys == "image")
+        assert alone.choice.settings[keys] == result.choice.settings[keys]
+        both = mean_cosine(result.oof[scored], data["targets"][scored])
+        assert both > mean_cosine(alone.oof[scored], data["targets"][scored])
+
+
+def test_a_fold_s_own_scores_do_not_move_its_choice(data):
+    # Without kept rows fold 2 is nobody's neighbour: its targets and pictures can matter only as scores.
+    kept = data["kept"] & (data["fold"] != 2)
+    before = fit_predict(**{**data, "kept": kept})
+    rows = data["fold"] == 2
+    targets, queries = data["targets"].copy(), data["queries"].copy()
+    targets[rows], queries[rows] = directions(rows.sum(), 12, 13), directions(rows.sum(), 8, 14)
+    after = fit_predict(**{**data, "kept": kept, "targets": targets, "queries": queries})
+    assert after.fold_choices[2] == before.fold_choices[2]
+    assert after.choice != before.choice
+
+
+def test_rows_that_are_not_scored_choose_nothing(data, result):
+    queries = data["queries"].copy()
+    queries[~data["scored"]] = directions((~data["scored"]).sum(), 8, 15)
+    after = fit_predict(**{**data, "queries": queries})
+    assert after.choice == result.choice
+    assert after.fold_choices == result.fold_choices
+
+
+def test_the_test_set_s_order_and_company_change_no_choice(data, result):
+    order = np.random.default_rng(16).permutation(M)[:7]
+    after = fit_predict(**{**data, "test_queries": data["test_queries"][order]})
+    assert after.choice == result.choice
+    np.testing.assert_allclose(after.test, result.test[order], atol=1e-6)
+
+
+def test_numbers_in_params_are_used_as_they_are(data):
+    fixed = fit_predict(**{**data, "k": 10, "distance_dim": 3.0})
+    for choice in (fixed.choice, *fixed.fold_choices.values()):
+        assert choice.settings == {"text": Setting(10, 3.0), "image": Setting(10, 3.0)}
+    half = fit_predict(**{**data, "k": 10})
+    assert half.choice.settings["image"].k == 10
+    assert half.search_table["distance_dim"].nunique() == len(DISTANCE_DIM_GRID)
+
+
+def test_k_is_capped_by_the_smallest_bank(data):
+    kept = np.arange(N) < 12  # three kept rows a fold: nine outside each
+    assert fit_predict(**{**data, "kept": kept, "k": 100}).choice.settings["text"].k == 9
+    assert fit_predict(**{**data, "kept": kept}).search_table["k"].max() == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": "images"}, "choose text, image or both"),
+        ({"fold": np.zeros(N, dtype=int)}, "two folds"),
+        ({"kept": np.arange(N) % 4 == 1}, "two folds or more need kept rows"),
+        ({"scored": np.arange(N) % 4 == 1}, "no scored rows"),
+        ({"targets": np.ones((N - 1, 12))}, "train rows differ"),
+        ({"eps": 0.0}, "eps"),
+    ],
+)
+def test_fit_predict_refuses(data, change, message):
+    with pytest.raises(ValueError, match=message):
+        fit_predict(**{**data, **change})
+
+
+def test_texts_are_more_text_keys_but_not_for_folds_that_they_are_near(data, result):
+    rng = np.random.default_rng(5)
+    # The texts are the queries themselves: nearest of all, where they may be used.
+    texts = Texts(
+        data["queries"][:40].astype(np.float32), data["targets"][:40], rng.random(40) < 0.8,
+        {f: rng.random(40) < 0.5 for f in range(4)},
+    )  # fmt: skip
+    found = fit_predict(**data, texts=texts)
+    index = found.neighbours["text"].index
+    assert (index >= N).any()
+    for row in range(N):
+        used = index[row][index[row] >= N] - N
+        assert texts.kept[used].all()
+        assert not texts.near[data["fold"][row]][used].any()
+        if row < 40 and texts.kept[row] and not texts.near[data["fold"][row]][row]:
+            assert index[row, 0] == N + row
+    assert (found.neighbours["image"].index == result.neighbours["image"].index).all()
+    of_test = found.test_neighbours["text"].index
+    assert texts.kept[of_test[of_test >= N] - N].all()
+    no_rows = np.empty(0, bool)
+    none = Texts(np.empty((0, 8), np.float32), data["targets"][:0], no_rows, dict.fromkeys(range(4), no_rows))
+    np.testing.assert_array_equal(fit_predict(**data, texts=none).test, result.test)
