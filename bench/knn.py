@@ -19,8 +19,8 @@ import numpy as np
 POWER, EPS = 4.0, 1e-6
 
 
-def pictures(n: int, d: int, rng: np.random.Generator, centres: np.ndarray) -> np.ndarray:
-    """(n, d) float32 at norm 1 around shared centres, with cosines like those between pictures in CLIP."""
+def images(n: int, d: int, rng: np.random.Generator, centres: np.ndarray) -> np.ndarray:
+    """(n, d) float32 at norm 1 around shared centres, with cosines like those between images in CLIP."""
     rows = centres[rng.integers(len(centres), size=n)] + 0.7 * rng.standard_normal((n, d), dtype=np.float32)
     rows[:, : d // 8] += 1.5
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -96,8 +96,8 @@ if __name__ == "__main__":
     targets = rng.standard_normal((args.keys, 384), dtype=np.float32)
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     DATA = (
-        pictures(args.queries, args.dim, rng, centres),
-        pictures(args.keys, args.dim, rng, centres),
+        images(args.queries, args.dim, rng, centres),
+        images(args.keys, args.dim, rng, centres),
         targets,
         args.k,
     )

@@ -2,7 +2,7 @@
 
     python bench/members.py
 
-Reads outputs/ of the last run. Weights fitted on test, and the best member of each picture, are looked at here only:
+Reads outputs/ of the last run. Weights fitted on test, and the best member of each image, are looked at here only:
 they are ceilings, nothing that could be had.
 """
 
@@ -71,14 +71,14 @@ def main() -> None:
             likeness,
             names,
         )
-        show("correlation of the members' scores over pictures", np.corrcoef(own.T), names)
+        show("correlation of the members' scores over images", np.corrcoef(own.T), names)
         cosines = Cosines.between(members, wanted)
         weights = search_weights(cosines)
         fitted = cosines.of_mix(weights).mean() - own[:, best].mean()
         print(f"\nceiling, weights fitted on these very rows: gain {fitted:+.4f} with",
               ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, weights, strict=True)))  # fmt: skip
-        per_picture = own.max(axis=1).mean() - own[:, best].mean()
-        print(f"ceiling, the best member of each picture known: gain {per_picture:+.4f}")
+        per_image = own.max(axis=1).mean() - own[:, best].mean()
+        print(f"ceiling, the best member of each image known: gain {per_image:+.4f}")
         score = ensemble.mean()
         table = {
             f"scores {own[:, best].mean() - worse:.3f}": [

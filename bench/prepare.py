@@ -1,9 +1,9 @@
-"""Reading each layout: rows a second, and peak memory with 10,000 and with 100,000 pictures.
+"""Reading each layout: rows a second, and peak memory with 10,000 and with 100,000 images.
 
     python bench/prepare.py --folder /tmp/layouts
 
-Pictures are JPEGs of 64 x 64, made in --folder once; every one is decoded, as `prepare` does. Each reading is a process
-of its own, so that its peak memory is its own. Memory that grew with the pictures would grow tenfold.
+Images are JPEGs of 64 x 64, made in --folder once; every one is decoded, as `prepare` does. Each reading is a process
+of its own, so that its peak memory is its own. Memory that grew with the images would grow tenfold.
 """
 
 import argparse
@@ -22,23 +22,23 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 SIZES = (10_000, 100_000)
-# Readers see no difference between equal pictures: a few distinct ones are enough.
+# Readers see no difference between equal images: a few distinct ones are enough.
 RNG = np.random.default_rng(0)
 
 
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     Image.fromarray(RNG.integers(0, 255, (8, 8, 3), np.uint8)).resize((64, 64)).save(file, "JPEG")
     return file.getvalue()
 
 
-PICTURES = [picture() for _ in range(64)]
+IMAGES = [image() for _ in range(64)]
 
 
 def rows(n: int) -> Iterator[tuple[str, str, bytes]]:
     for number in range(n):
         name = f"{number:08x}"
-        yield name, f'a "{name}" castle, by the sea, highly detailed, number {number}', PICTURES[number % 64]
+        yield name, f'a "{name}" castle, by the sea, highly detailed, number {number}', IMAGES[number % 64]
 
 
 def table(path: Path, **columns: list) -> None:

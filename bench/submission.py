@@ -1,6 +1,6 @@
 """Writing the submission against pandas: interleaved runs, medians, ratios, peak memory, bit-exact or not.
 
-    python bench/submission.py --pictures 16000 --runs 3
+    python bench/submission.py --images 16000 --runs 3
 
 `pandas` is what people do: a list of names, a frame, `to_csv`; `to_csv` is its last step alone. Each run is a
 process of its own, so that its peak memory is its own; a small run before it pays for imports.
@@ -71,14 +71,14 @@ def measure(name: str) -> tuple[float, float, bool]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=16_000)
+    parser.add_argument("--images", type=int, default=16_000)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    predictions = rng.standard_normal((args.pictures, 384), dtype=np.float32)
+    predictions = rng.standard_normal((args.images, 384), dtype=np.float32)
     predictions /= np.linalg.norm(predictions, axis=1, keepdims=True)
-    DATA = ([f"{i:08x}" for i in rng.permutation(args.pictures)], predictions)
+    DATA = ([f"{i:08x}" for i in rng.permutation(args.images)], predictions)
     results = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

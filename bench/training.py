@@ -17,7 +17,7 @@ from img2prompt.sample import small_clip
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=5, help="of the tower, from its end")
-    parser.add_argument("--side", type=int, default=4, help="of the last maps: the pictures' over 32")
+    parser.add_argument("--side", type=int, default=4, help="of the last maps: the images' over 32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
@@ -31,9 +31,9 @@ if __name__ == "__main__":
         "as we train it": nn.Sequential(*efficientnet.layers(copy.deepcopy(trunk)))[-args.layers :],
     }
     with torch.no_grad():
-        pictures = torch.randn(args.batch, 3, 32 * args.side, 32 * args.side)
+        images = torch.randn(args.batch, 3, 32 * args.side, 32 * args.side)
         frozen = nn.Sequential(*efficientnet.layers(trunk))[: -args.layers]
-        x = frozen.to(memory_format=torch.channels_last)(pictures.to(memory_format=torch.channels_last))
+        x = frozen.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
     target = nn.functional.normalize(torch.randn(args.batch, trunk.num_features), dim=1)
     optimisers = {
         name: torch.optim.AdamW(tower.to(memory_format=torch.channels_last).parameters(), lr=1e-4)

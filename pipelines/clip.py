@@ -9,7 +9,7 @@ import numpy as np
 from img2prompt.clip.model import materialise
 from img2prompt.clip.params import ClipParams
 from img2prompt.core.device import device
-from img2prompt.core.pictures import open_picture
+from img2prompt.core.images import open_image
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
 from img2prompt.prompts.encoder import Encoder
@@ -23,14 +23,14 @@ TRAIN = Path("outputs/prepare/train.parquet")
 CODE = [room("core"), room("clip"), room("prompts"), room("sample"), Path(__file__)]
 
 
-def some_pictures(count: int) -> list[str]:
-    """Where up to `count` of the train pictures are."""
-    return read_rows(TRAIN, ["picture"], some=count).picture.tolist()
+def some_images(count: int) -> list[str]:
+    """Where up to `count` of the train images are."""
+    return read_rows(TRAIN, ["image"], some=count).image.tolist()
 
 
-def picture_size(references: Sequence[str]) -> int:
+def image_size(references: Sequence[str]) -> int:
     """Their median shorter side in pixels, within what an ImageNet tower is good for."""
-    return int(np.clip(np.median([min(open_picture(reference).size) for reference in references]), 128, 224))
+    return int(np.clip(np.median([min(open_image(reference).size) for reference in references]), 128, 224))
 
 
 def main(clip: ClipParams, embed_prompts: EmbedPromptsParams) -> None:
@@ -38,21 +38,21 @@ def main(clip: ClipParams, embed_prompts: EmbedPromptsParams) -> None:
     where = device()
     with whole_folder(Path("outputs/clip")) as out:
         samples: dict[Path, tuple[str, int]] = {}
-        for number, (model, pretrained, image_size) in enumerate(clip.models):
+        for number, (model, pretrained, size) in enumerate(clip.models):
             folder = out / str(number)
             folder.mkdir()
             tower = small_clip.variant(model)
             if tower is None:
-                materialise(model, pretrained, image_size, folder)
+                materialise(model, pretrained, size, folder)
             else:
-                samples[folder] = tower, image_size or picture_size(some_pictures(99))
+                samples[folder] = tower, size or image_size(some_images(99))
         if not samples:
             return
-        # The sample's CLIPs learn from pictures of their own: none of a prompt near one to train or test on.
+        # The sample's CLIPs learn from images of their own: none of a prompt near one to train or test on.
         near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
         encode, sample = Encoder(embed_prompts.model, where), clip.sample
         pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
-        own = some_pictures(2000)  # enough for principal components
+        own = some_images(2000)  # enough for principal components
         names = {str(folder): tower for folder, tower in samples.items()}
         # What is trained depends on it all: a killed run goes on only if none of it has changed.
         key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), TRAIN, *CODE]

@@ -20,7 +20,7 @@ def main(dedup: DedupParams) -> None:
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
     rows = read_rows(Path("outputs/prepare/train.parquet"))
     threshold, scored = dedup.threshold, dedup.scored
-    # Prompts without pictures come last: they are dropped for the pictures', never the other way round.
+    # Prompts without images come last: they are dropped for the images', never the other way round.
     everything = np.concatenate([targets, texts])
     found = deduplicate(everything, threshold if threshold < 1 else scored, also=[scored, *TABLE], device=device())
     kept = dict(zip(found.thresholds, found.kept[:, : len(targets)], strict=True))

@@ -1,10 +1,10 @@
-"""embed_images: CLIP's embeddings of pictures and prompts, and the image tower's features."""
+"""embed_images: CLIP's embeddings of images and prompts, and the image tower's features."""
 
 import shutil
 from itertools import product
 from pathlib import Path
 
-from img2prompt.clip.features import embed_pictures, embed_texts
+from img2prompt.clip.features import image_features, text_features
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import ClipParams, EmbedImagesParams
 from img2prompt.core.device import device
@@ -22,7 +22,7 @@ def main(embed_images: EmbedImagesParams, clip: ClipParams, model_a: ModelAParam
     With a tower to tune also {train,test}_frozen.npy. Of views that Model A averages likewise, {split}_{view}_*.npy.
     """
     batch_size, where = embed_images.batch_size, device()
-    # With augmentation the frozen layers see new pictures every epoch: nothing to keep.
+    # With augmentation the frozen layers see new images every epoch: nothing to keep.
     keep = [0 if model_a.augmentation.on else model_a.layers(c) for c in range(len(clip.models))]
     tables = {name: read_rows(Path(f"outputs/prepare/{name}.parquet")) for name in ("train", "test", "texts")}
     views = ("plain", *model_a.tta)
@@ -34,10 +34,10 @@ def main(embed_images: EmbedImagesParams, clip: ClipParams, model_a: ModelAParam
     for number, layers in enumerate(keep):
         model, folder = load_clip(Path(f"outputs/clip/{number}"), where), resume / str(number)
         for split, view in product(("train", "test"), views):
-            for file in embed_pictures(model, tables[split].picture, batch_size, where, folder, split, layers, view):
+            for file in image_features(model, tables[split].image, batch_size, where, folder, split, layers, view):
                 found[f"{number}/{file.name}"] = file
         for name in ("train", "texts"):
-            file = embed_texts(model, tables[name].prompt, batch_size, where, folder / f"{name}_text")
+            file = text_features(model, tables[name].prompt, batch_size, where, folder / f"{name}_text")
             found[f"{number}/{name}_text.npy"] = file
     with whole_folder(Path("outputs/embed_images")) as out:
         for name, file in found.items():

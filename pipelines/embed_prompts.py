@@ -17,7 +17,7 @@ from pipelines import run
 def main(embed_prompts: EmbedPromptsParams) -> None:
     """Write train.npy (n, 384), test.npy (m, 384) or (0, 384) with prompts unknown, augmented.npy (copies, n, 384).
 
-    texts.npy (t, 384) is of the prompts without pictures.
+    texts.npy (t, 384) is of the prompts without images.
     """
     section, where = embed_prompts, device()
     train, test, texts = (

@@ -24,7 +24,7 @@ from pipelines import run
 def main(ensemble: EnsembleParams, dedup: DedupParams) -> None:
     """Write ensemble/ (see below) and scores.json.
 
-    test.npy (m, 384): the ensemble. cosines.parquet: a row a picture, a column a model with the cosine of its
+    test.npy (m, 384): the ensemble. cosines.parquet: a row an image, a column a model with the cosine of its
     prediction, out of fold or on test. members.csv: the members' weights. alpha.csv, fold_scores.csv, histories.csv:
     what scores.png draws. scores.md: the table.
     """
@@ -51,13 +51,13 @@ def main(ensemble: EnsembleParams, dedup: DedupParams) -> None:
     searched = search_weights(members[scored], family)
     curve = alpha_curve(members[scored], family)
     mixed, _ = cross_fitted(members, fold, scored, family, alpha)
-    # Out of fold one model predicts a picture, on test the mean of all folds': a better one, by as much as they differ.
+    # Out of fold one model predicts an image, on test the mean of all folds': a better one, by as much as they differ.
     differ = spread([models[name][1] for name in names])
     weights = search_weights(members[scored].bagged(differ), family, alpha)
     test["ensemble"] = mix([test[name] for name in names], weights)
-    unreadable = test_rows.picture.isna().to_numpy()
+    unreadable = test_rows.image.isna().to_numpy()
     for predictions in test.values():
-        predictions[unreadable] = mean  # no picture to look at
+        predictions[unreadable] = mean  # no image to look at
 
     cosines = train_rows[["source", "id"]].assign(split="train", fold=fold, group=group, scored=scored)
     cosines = cosines.assign(**{name: cosine(predictions, targets) for name, predictions in oof.items()})
@@ -92,7 +92,7 @@ def main(ensemble: EnsembleParams, dedup: DedupParams) -> None:
         kind: pd.concat([
             pd.read_csv(f"outputs/model_a/fold_{held_out}/0/{kind}_history.csv").score for held_out in ids
         ], axis=1).mean(axis=1)
-        for kind in ("clip", "model_a")
+        for kind in ("linear", "model_a")
     })  # fmt: skip
     histories.insert(0, "epoch", histories.index + 1)
     thresholds = pd.read_csv("outputs/dedup/thresholds.csv")

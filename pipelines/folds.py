@@ -12,9 +12,9 @@ from pipelines import run
 
 
 def main(folds: FoldsParams, dedup: DedupParams) -> None:
-    """Write folds.parquet (id, group, fold) in the rows' order, folds.json, and texts.npy.
+    """Write folds.parquet (id, group, fold) in the rows' order, folds.json, and texts_near.npy.
 
-    texts.npy (t, folds) bool says which prompts without pictures are near a prompt of a fold, folds in ascending order.
+    texts_near.npy (t, folds) bool: which prompts without images are near a prompt of which fold, in ascending order.
     """
     rows = read_rows(Path("outputs/prepare/train.parquet"))
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
@@ -26,7 +26,9 @@ def main(folds: FoldsParams, dedup: DedupParams) -> None:
         table.to_parquet(out / "folds.parquet", index=False)
         facts = {"group_threshold": found.group_threshold, "max_cross_fold_cosine": found.max_cross_fold_cosine}
         write_json(out / "folds.json", facts)
-        np.save(out / "texts.npy", near_folds(texts, targets, found.fold, sorted(folds.ids), found.group_threshold))
+        np.save(
+            out / "texts_near.npy", near_folds(texts, targets, found.fold, sorted(folds.ids), found.group_threshold)
+        )
     print(f"{found.group.max() + 1} groups at cosine {found.group_threshold}")
 
 

@@ -23,16 +23,16 @@ def main(knn: KnnParams) -> None:
     targets = np.load("outputs/embed_prompts/train.npy")
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     kept, scored, texts_kept = (np.load(f"outputs/dedup/{name}.npy") for name in ("kept", "scored", "texts_kept"))
-    texts_targets, near_fold = np.load("outputs/embed_prompts/texts.npy"), np.load("outputs/folds/texts.npy")
+    texts_targets, near_fold = np.load("outputs/embed_prompts/texts.npy"), np.load("outputs/folds/texts_near.npy")
     with whole_folder(Path("outputs/knn")) as out:
         for embedded in sorted(Path("outputs/embed_images").iterdir()):
             folder = out / embedded.name
-            pictures, prompts, test, texts = (
+            images, prompts, test, texts = (
                 np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "test_image", "texts_text")
             )
             found = fit_predict(
-                queries=pictures,
-                bank={"text": prompts, "image": pictures},
+                queries=images,
+                bank={"text": prompts, "image": images},
                 targets=targets,
                 fold=fold,
                 kept=kept,
@@ -51,7 +51,8 @@ def main(knn: KnnParams) -> None:
             folder.mkdir()
             np.save(folder / "oof.npy", found.oof)
             np.save(folder / "test.npy", found.test)
-            write_json(folder / "choice.json", asdict(found.choice))
+            choices = {str(held_out): asdict(choice) for held_out, choice in found.fold_choices.items()}
+            write_json(folder / "choice.json", asdict(found.choice) | {"folds": choices})
             found.search_table.to_csv(folder / "search.csv", index=False)
             for name, neighbours in (("oof", found.neighbours), ("test", found.test_neighbours)):
                 for kind, near in neighbours.items():

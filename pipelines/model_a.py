@@ -1,4 +1,4 @@
-"""model_a: for one fold, heads on the last layers of every CLIP's image tower: the baseline's and the paper's."""
+"""model_a: for one fold, two heads on the last layers of every CLIP's image tower: one linear layer and the paper's."""
 
 import shutil
 import sys
@@ -36,9 +36,9 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
     for name, split, wanted in predicted:
         head = LinearHead(start, dropout=0.0, hidden=0)
         found = predict(nn.Sequential(), head, features.stored_pooled(split), wanted, 1024, where)
-        np.save(out / f"start_{name}.npy", found)
+        np.save(out / f"ridge_{name}.npy", found)
     inputs = {split: features.inputs(split, section.augmentation, section.seed, where) for split in ("train", "test")}
-    for kind, rates in (("clip", section.baseline), ("model_a", section)):
+    for kind, rates in (("linear", section.linear), ("model_a", section)):
         seed = (section.seed, held_out)
         model, history = fold.train(kind, start, inputs["train"][0], section, rates, seed, where, resume)
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -51,9 +51,9 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
 
 
 def main(model_a: ModelAParams) -> None:
-    """Of every CLIP write {clip,model_a}.safetensors, _oof.npy (fold's rows, 384), _test.npy (m, 384), _history.csv.
+    """Of every CLIP write {linear,model_a}.safetensors, _oof.npy (fold's rows, 384), _test.npy (m, 384), _history.csv.
 
-    start_oof.npy and start_test.npy are of the ridge regression on the untouched tower, where both heads start.
+    ridge_oof.npy and ridge_test.npy are of the ridge regression on the untouched tower, where both heads start.
     """
     held_out = int(sys.argv[1])
     rows = TrainRows.read(OUTPUTS)

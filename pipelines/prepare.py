@@ -1,4 +1,4 @@
-"""prepare: one table of pictures and prompts for train and one for test; what cannot be used is set aside."""
+"""prepare: one table of images and prompts for train and one for test; what cannot be used is set aside."""
 
 from contextlib import closing
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from joblib import Parallel, delayed
 
 from img2prompt.core.device import device
-from img2prompt.core.pictures import pack
+from img2prompt.core.images import pack
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import Row, read_rows
 from img2prompt.core.sheet import draw_examples
@@ -15,7 +15,7 @@ from img2prompt.prompts.encoder import Encoder
 from img2prompt.prompts.params import EmbedPromptsParams
 from img2prompt.sample.distinct import apart
 from img2prompt.sample.render import jpeg
-from img2prompt.sample.scenes import Row as Drawn
+from img2prompt.sample.scenes import PromptedScene
 from img2prompt.sample.wording import draw, generate
 from img2prompt.sources.params import PrepareParams
 from img2prompt.sources.reading import Batch, Quarantine, is_texts, read, read_texts, write_rows, write_texts
@@ -24,13 +24,13 @@ from pipelines import run
 OUT = Path("outputs/prepare")
 
 
-def render(rows: list[Drawn], split: str, folder: Path) -> list[Batch]:
-    """The sample's rows, their pictures in one tar."""
+def render(rows: list[PromptedScene], split: str, folder: Path) -> list[Batch]:
+    """The sample's rows, their images in one tar."""
     jobs = Parallel(n_jobs=-1, return_as="generator")(delayed(jpeg)(row.scene) for row in rows)
     ids = [f"{number:06d}" for number in range(len(rows))]
-    pictures = progress(jobs, f"drawing {split} pictures", len(rows), "picture")
+    images = progress(jobs, f"drawing {split} images", len(rows), "image")
     tar = f"{split}.tar"
-    spans = pack(folder / tar, [f"{name}.jpg" for name in ids], pictures)
+    spans = pack(folder / tar, [f"{name}.jpg" for name in ids], images)
     table = [
         Row(name, "sample", f"{OUT / tar}{span}", row.prompt) for name, span, row in zip(ids, spans, rows, strict=True)
     ]
@@ -51,7 +51,7 @@ def main(prepare: PrepareParams, embed_prompts: EmbedPromptsParams) -> None:
                 elif source not in texts:
                     train.add(read(source, "train", limit))
         if not train.count:
-            raise ValueError("prepare.train: prompts without pictures only; name a source with pictures too")
+            raise ValueError("prepare.train: prompts without images only; name a source with images too")
         with write_texts(out / "texts.parquet", quarantine) as more:
             for source in texts:
                 more.add(read_texts(source, limit))
@@ -65,11 +65,11 @@ def main(prepare: PrepareParams, embed_prompts: EmbedPromptsParams) -> None:
                 test.add(render(apart(candidates, sample.n_test, near, encode), "test", out))
             else:
                 test.add(read(section.test, "test", limit))
-        examples = read_rows(out / "train.parquet", ["picture", "prompt"], some=18)
+        examples = read_rows(out / "train.parquet", ["image", "prompt"], some=18)
         # The sample's tar is still aside.
-        examples.picture = examples.picture.str.replace(f"{OUT}/", f"{out}/", n=1, regex=False)
+        examples.image = examples.image.str.replace(f"{OUT}/", f"{out}/", n=1, regex=False)
         draw_examples(out / "examples.jpg", examples)
-    print(f"train {train.count}, test {test.count}, prompts without pictures {more.count}")
+    print(f"train {train.count}, test {test.count}, prompts without images {more.count}")
     reasons = [f"{count} {reason}" for reason, count in quarantine.counts.most_common()]
     print("set aside:", ", ".join(reasons) or "nothing")
 

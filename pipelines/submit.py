@@ -17,7 +17,7 @@ def main() -> None:
     with whole(Path("outputs/submission.csv")) as path:
         write_submission(path, ids, predictions)
         check_submission(path, ids, predictions.shape[1])
-    print(f"outputs/submission.csv: {len(ids)} pictures")
+    print(f"outputs/submission.csv: {len(ids)} images")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers(request, monkeypatch):
+    """A test draws the same random numbers from its module's `rng`, whatever ran before it."""
+    if hasattr(request.module, "rng"):
+        monkeypatch.setattr(request.module, "rng", np.random.default_rng(0))
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A folder with an untrained vision transformer CLIP of 16 dimensions, in open_clip's layout."""
@@ -37,7 +44,7 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture
 def competition(tmp_path):
-    """A folder in Kaggle layout: 60 pictures of one colour each, of several sizes, and prompts that name the colour."""
+    """A folder in Kaggle layout: 60 images of one colour each, of several sizes, and prompts that name the colour."""
     return write_competition(tmp_path / "competition", 60, seed=0)
 
 

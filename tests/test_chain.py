@@ -22,8 +22,8 @@ from img2prompt.cli import table
 from img2prompt.cli.check import load_params
 from img2prompt.cli.main import main
 from img2prompt.clip.model import load_clip
+from img2prompt.core.images import open_image
 from img2prompt.core.metric import cosine
-from img2prompt.core.pictures import open_picture
 from img2prompt.core.storage import digest
 from img2prompt.ensemble.weights import mix
 
@@ -57,7 +57,7 @@ def change(**sections):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_clip):
-    """A folder where the chain has run on 60 train and 12 test pictures, one of them broken. Nobody changes it."""
+    """A folder where the chain has run on 60 train and 12 test images, one of them broken. Nobody changes it."""
     folder = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -110,7 +110,7 @@ def test_submission_has_every_value_once_in_the_sample_submissions_order(home):
     assert np.allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
 
 
-def test_a_picture_that_cannot_be_read_gets_the_mean_and_is_listed(home):
+def test_a_image_that_cannot_be_read_gets_the_mean_and_is_listed(home):
     targets, kept = np.load("outputs/embed_prompts/train.npy"), np.load("outputs/dedup/kept.npy")
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     assert set(fold) == {3, 7}
@@ -118,14 +118,14 @@ def test_a_picture_that_cannot_be_read_gets_the_mean_and_is_listed(home):
     values = np.array([float(row[1]) for row in submission()[1:]]).reshape(12, 384)
     assert np.allclose(values[12 - 1 - 3], mean / np.linalg.norm(mean), atol=1e-5)
     quarantine = pd.read_csv("outputs/prepare/quarantine.csv")
-    assert quarantine[["split", "id", "reason"]].values.tolist() == [["test", "p003", "unreadable picture"]]
-    assert scores()["prepare"] == {"quarantined": 1, "unreadable picture": 1}
+    assert quarantine[["split", "id", "reason"]].values.tolist() == [["test", "p003", "unreadable image"]]
+    assert scores()["prepare"] == {"quarantined": 1, "unreadable image": 1}
 
 
 def test_scores_are_nested_as_documented(home):
     found = scores()
     columns = {"fold_3", "fold_7", "mean", "std", "oof", "test"}
-    for model in ("constant", "ridge", "clip", "model_a", "model_b"):
+    for model in ("constant", "ridge", "linear", "model_a", "model_b"):
         assert set(found[model]) == columns
     assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched"}
     assert set(found["folds"]) == {"group_threshold", "max_cross_fold_cosine"}
@@ -138,7 +138,7 @@ def test_scores_are_nested_as_documented(home):
 
 def test_colours_are_learned(home):
     found = scores()
-    for model in ("ridge", "clip", "model_a", "model_b"):
+    for model in ("ridge", "linear", "model_a", "model_b"):
         assert found[model]["oof"] > found["constant"]["oof"] + 0.01
 
 
@@ -150,9 +150,9 @@ def test_scores_are_those_of_the_predictions(home):
     assert train.id.tolist() == pd.read_parquet("outputs/prepare/train.parquet").id.tolist()
     assert (train.scored == scored).all()
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
-    for model, file in (("ridge", "start"), ("clip", "clip"), ("model_a", "model_a")):
+    for model in ("ridge", "linear", "model_a"):
         for held_out in (3, 7):
-            direct = cosine(np.load(f"outputs/model_a/fold_{held_out}/0/{file}_oof.npy"), targets[fold == held_out])
+            direct = cosine(np.load(f"outputs/model_a/fold_{held_out}/0/{model}_oof.npy"), targets[fold == held_out])
             assert np.allclose(train[model][fold == held_out], direct, atol=1e-6)
             assert scores()[model][f"fold_{held_out}"] == pytest.approx(direct[scored[fold == held_out]].mean())
     assert np.allclose(train.model_b, cosine(np.load("outputs/knn/0/oof.npy"), targets), atol=1e-6)
@@ -163,7 +163,7 @@ def test_scores_are_those_of_the_predictions(home):
 
 def test_weights_are_a_simplex_and_alpha_is_the_family_s_share(home):
     members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
-    assert members.index.tolist() == ["model_a", "clip", "ridge", "model_b"]
+    assert members.index.tolist() == ["model_a", "linear", "ridge", "model_b"]
     for column, key in (("weight", "alpha"), ("weight_oof", "alpha_searched")):
         assert (members[column] >= 0).all()
         assert members[column].sum() == pytest.approx(1)
@@ -197,7 +197,7 @@ def test_test_prompts_decide_nothing(copy):
     chain(["clip", "embed_images", "model_a", "knn", "ensemble", "submit"])
     after = scores()
     assert {path: path.read_bytes() for path in chosen} == chosen
-    for model in ("ridge", "clip", "model_a", "model_b", "ensemble"):
+    for model in ("ridge", "linear", "model_a", "model_b", "ensemble"):
         assert after[model].pop("test") != before[model].pop("test")
         assert after[model] == before[model]
 
@@ -226,7 +226,7 @@ def test_the_paper_s_ensemble_is_that_of_two_members(copy):
     expected = mix([a, np.load("outputs/knn/0/test.npy")], [0.6, 0.4])
     readable = np.arange(12) != 8  # p003, which is fourth from the end
     assert np.allclose(np.load("outputs/ensemble/test.npy")[readable], expected[readable], atol=1e-6)
-    assert scores()["clip"] == before["clip"]
+    assert scores()["linear"] == before["linear"]
 
 
 def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(copy):
@@ -273,7 +273,7 @@ def test_the_table(copy, monkeypatch):
 
     found = pd.read_csv("outputs/table/table.csv")
     assert ",".join(found.columns) == (
-        "row,test,oof,oof_std,vs_above,vs_above_low,vs_above_high,vs_clip,vs_clip_low,vs_clip_high,seconds"
+        "row,test,oof,oof_std,vs_above,vs_above_low,vs_above_high,vs_first,vs_first_low,vs_first_high,seconds"
     )
     rows = [*table.ROWS, *table.OURS]
     assert found.row.tolist() == [row.name for row in rows]
@@ -283,9 +283,9 @@ def test_the_table(copy, monkeypatch):
             (expected["test"], expected["oof"], expected["std"]), abs=1e-6
         )
         assert (
-            np.isnan(line.vs_clip)
+            np.isnan(line.vs_first)
             if row is rows[0]
-            else line.vs_clip == pytest.approx(line.oof - found.oof[0], abs=2e-6)
+            else line.vs_first == pytest.approx(line.oof - found.oof[0], abs=2e-6)
         )
     by_name = found.set_index("row")
     assert by_name.oof["CLIP + filter 2 (0.85)"] == by_name.oof["CLIP tuned"]
@@ -296,14 +296,14 @@ def test_the_table(copy, monkeypatch):
     assert "| 0.5961 |" in text
     assert "trained for as long" in text
     at_random = made["table-ours-clip-as-many-rows-at-random"][0]
-    gain = made["table-clip-filter-2-0-85"][0]["clip"].astype(float) - at_random["clip"]
+    gain = made["table-clip-filter-2-0-85"][0]["linear"].astype(float) - at_random["linear"]
     on = at_random.scored & (at_random.split == "train")
     assert f"trained for as long: {gain[on].mean():+.4f} [" in text
     assert f"| Ensemble | {by_name.test['Ensemble']:.4f} | {by_name.oof['Ensemble']:.4f} |" in text
     assert Path("outputs/table/table.png").is_file()
 
 
-def test_augmentation_of_pictures_and_prompts_runs_and_is_reproducible(copy):
+def test_augmentation_of_images_and_prompts_runs_and_is_reproducible(copy):
     change(
         model_a={"augmentation": {"crop": 0.2, "rotation": 10.0, "flip": 0.5}, "tower_epochs": 1},
         embed_prompts={"augmented": 2},
@@ -392,7 +392,7 @@ def test_a_stage_that_starts_when_dvc_is_gone_already_does_nothing(tmp_path):
     assert not (tmp_path / "half").exists()
 
 
-def test_pictures_of_any_size_are_taken(home):
+def test_images_of_any_size_are_taken(home):
     sizes = {Image.open(f"input/train/images/p{number:03d}.png").size for number in range(60)}
     assert min(map(min, sizes)) < 32 < max(map(max, sizes))
     assert any(width > height for width, height in sizes)
@@ -412,7 +412,7 @@ def test_the_sample_and_its_clip(tmp_path, monkeypatch):
     chain(["prepare", "embed_prompts", "clip"])
     train, test = (pd.read_parquet(f"outputs/prepare/{split}.parquet") for split in ("train", "test"))
     assert (len(train), len(test)) == (40, 8)
-    assert open_picture(test.picture[7]).size == (128, 128)
+    assert open_image(test.image[7]).size == (128, 128)
     assert Image.open("outputs/prepare/examples.jpg").size[0] > 6 * 128
     # No test prompt is nearly a train prompt.
     embeddings = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
@@ -447,22 +447,24 @@ def test_several_clips_and_views(copy, tiny_clip):
     assert Path("outputs/embed_images/0/train_frozen.npy").exists()
     assert not Path("outputs/embed_images/1/train_frozen.npy").exists()  # its tower does not train
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
-    for name in ("start", "clip", "model_a"):
+    for name in ("ridge", "linear", "model_a"):
         first, second = (np.load(f"outputs/model_a/fold_3/{clip}/{name}_oof.npy") for clip in (0, 1))
         assert first.shape == second.shape == ((fold == 3).sum(), 384)
         assert np.allclose(np.linalg.norm(second, axis=1), 1, atol=1e-5)
         assert not np.allclose(first, second, atol=1e-3)
     assert np.array_equal(np.load("outputs/knn/0/oof.npy"), alone)
     assert not np.allclose(np.load("outputs/knn/1/oof.npy"), alone, atol=1e-3)
-    kinds = ("model_a", "clip", "ridge", "model_b")
+    kinds = ("model_a", "linear", "ridge", "model_b")
     members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
     assert members.index.tolist() == [name for kind in kinds for name in (kind, f"{kind}_1")]
     assert members.weight.sum() == pytest.approx(1)
     assert scores()["ensemble"]["alpha"] == pytest.approx(1 - members.weight[["model_b", "model_b_1"]].sum())
     expected = cosine(
-        np.load("outputs/model_a/fold_3/1/clip_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
+        np.load("outputs/model_a/fold_3/1/linear_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
     )
-    assert np.allclose(pd.read_parquet("outputs/ensemble/cosines.parquet").clip_1[:60][fold == 3], expected, atol=1e-6)
+    assert np.allclose(
+        pd.read_parquet("outputs/ensemble/cosines.parquet").linear_1[:60][fold == 3], expected, atol=1e-6
+    )
     change(ensemble={"clips": [1]})
     chain(["ensemble"])
     assert pd.read_csv("outputs/ensemble/members.csv").member.tolist() == [f"{kind}_1" for kind in kinds]
@@ -498,13 +500,13 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(copy, tiny_c
 
 
 def test_the_competitions_public_sample_is_predicted_and_trained_on(tmp_path, monkeypatch, tiny_clip):
-    """Seven pictures with ids of nine hexadecimal characters, exactly as Kaggle hands them out."""
+    """Seven images with ids of nine hexadecimal characters, exactly as Kaggle hands them out."""
     ids = ["20057f34d", "227ef0887", "92e911621", "a4e1c55a9", "c98f79f71", "d8edf2e40", "1e5000000"]
     monkeypatch.chdir(tmp_path)
     sample = write_competition(Path("input/sample"), 7, seed=2)
     prompts = pd.read_csv(sample / "prompts.csv")
-    for name, picture in zip(ids, sorted((sample / "images").iterdir()), strict=True):
-        picture.rename(picture.with_name(f"{name}.png"))
+    for name, image in zip(ids, sorted((sample / "images").iterdir()), strict=True):
+        image.rename(image.with_name(f"{name}.png"))
     prompts.assign(imgId=ids).to_csv(sample / "prompts.csv", index=False)
     order = [f"{name}_{element}" for name in ids[::-1] for element in range(384)]
     pd.DataFrame({"imgId_eId": order, "val": 0.0}).to_csv(sample / "sample_submission.csv", index=False)
@@ -514,7 +516,7 @@ def test_the_competitions_public_sample_is_predicted_and_trained_on(tmp_path, mo
         prepare={"train": ["input/sample", "input/more.txt"], "test": "input/sample"},
         folds={"ids": [0, 1]},
         clip={"model": str(tiny_clip)},
-        model_a={"unfreeze": 1, "tower_epochs": 1, "any_picture": True},
+        model_a={"unfreeze": 1, "tower_epochs": 1, "any_image": True},
     )
     chain()
     assert [row[0] for row in submission()[1:]] == order
@@ -522,7 +524,7 @@ def test_the_competitions_public_sample_is_predicted_and_trained_on(tmp_path, mo
     assert pd.read_parquet("outputs/folds/folds.parquet").id.tolist() == ids
     assert pd.read_parquet("outputs/prepare/texts.parquet").prompt.tolist()[0] == "a blue whale"
     assert np.load("outputs/dedup/texts_kept.npy").shape == (3,)
-    assert np.load("outputs/folds/texts.npy").shape == (3, 2)
+    assert np.load("outputs/folds/texts_near.npy").shape == (3, 2)
 
 
 def test_as_many_rows_at_random_are_the_filters_control(copy):
@@ -536,7 +538,7 @@ def test_as_many_rows_at_random_are_the_filters_control(copy):
     assert (scored.read_bytes(), Path("outputs/dedup/thresholds.csv").read_bytes()) == before
 
 
-def test_prompts_without_pictures_leave_folds_and_pictures_rows_as_they_are(copy):
+def test_prompts_without_images_leave_folds_and_images_rows_as_they_are(copy):
     files = ["folds/folds.parquet", "dedup/kept.npy", "dedup/scored.npy", "prepare/train.parquet"]
     before = {name: Path("outputs", name).read_bytes() for name in files}
     prompts = pd.read_csv("input/train/prompts.csv").prompt
@@ -544,10 +546,10 @@ def test_prompts_without_pictures_leave_folds_and_pictures_rows_as_they_are(copy
     change(prepare={"train": ["input/train", "input/more.txt"], "test": "input/test"})
     chain(["prepare", "embed_prompts", "dedup", "folds", "embed_images", "knn"])
     assert {name: Path("outputs", name).read_bytes() for name in files} == before
-    # Copies of the pictures' own prompts are duplicates, and near their folds.
+    # Copies of the images' own prompts are duplicates, and near their folds.
     assert np.load("outputs/dedup/texts_kept.npy")[:60].sum() == 0
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
-    near = np.load("outputs/folds/texts.npy")
+    near = np.load("outputs/folds/texts_near.npy")
     assert near[np.arange(60), (fold == 7).astype(int)].all()
     assert not near[60:].any()
     used = np.load("outputs/knn/0/oof_text_rows.npy")
@@ -555,7 +557,7 @@ def test_prompts_without_pictures_leave_folds_and_pictures_rows_as_they_are(copy
     # They have their say in the text prior too.
     change(model_a={"pretrain": True})
     chain(["model_a"])
-    with_texts = np.load("outputs/model_a/fold_7/0/start_oof.npy")
+    with_texts = np.load("outputs/model_a/fold_7/0/ridge_oof.npy")
     change(prepare={"train": ["input/train"]})
     chain(["prepare", "embed_prompts", "dedup", "folds", "embed_images", "model_a"])
-    assert not np.array_equal(np.load("outputs/model_a/fold_7/0/start_oof.npy"), with_texts)
+    assert not np.array_equal(np.load("outputs/model_a/fold_7/0/ridge_oof.npy"), with_texts)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from img2prompt.clip.features import embed_texts
+from img2prompt.clip.features import text_features
 from img2prompt.clip.model import load_clip, materialise, save_clip, view
 from img2prompt.clip.towers import project, projection, tower, unfrozen
 from img2prompt.sample import small_clip
@@ -37,9 +37,9 @@ def test_the_tower_in_layers_is_the_tower(which, layers, request):
     row = tower(visual)
     assert len(row) == layers
     size = visual.image_size[0]
-    pictures = torch.randn(3, 3, size, size)
+    images = torch.randn(3, 3, size, size)
     with torch.no_grad():
-        assert torch.allclose(project(visual, row(pictures)), visual(pictures), atol=1e-5)
+        assert torch.allclose(project(visual, row(images)), visual(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
@@ -65,9 +65,9 @@ def test_unfreezing_n_unfreezes_n(sample_folder):
 def test_a_tower_of_another_kind_is_one_layer():
     visual = open_clip.create_model("RN50", pretrained=None).visual.eval()
     assert len(tower(visual)) == 1
-    pictures = torch.randn(1, 3, 224, 224)
+    images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        assert torch.equal(project(visual, tower(visual)(pictures)), visual(pictures))
+        assert torch.equal(project(visual, tower(visual)(images)), visual(images))
 
 
 @pytest.mark.parametrize("name", small_clip.TOWERS)
@@ -108,9 +108,9 @@ def test_the_names_of_the_samples_towers():
 @pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
 def test_views_differ_and_the_tower_takes_them(which, request):
     clip = load_clip(request.getfixturevalue(which), "cpu")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
     side = clip.model.visual.image_size[0]
-    seen = {name: view(clip, name)(picture)[None] for name in ("plain", "flip", "smaller", "larger", "renormalised")}
+    seen = {name: view(clip, name)(image)[None] for name in ("plain", "flip", "smaller", "larger", "renormalised")}
     assert seen["smaller"].shape[-1] < side < seen["larger"].shape[-1]
     assert torch.allclose(seen["flip"], seen["plain"].flip(-1), atol=0.05)
     layers = tower(clip.model.visual)
@@ -138,11 +138,11 @@ def test_a_tower_of_one_size_has_no_other():
 def test_materialised_clip_gives_the_same_embeddings(tiny_clip, tmp_path):
     model = open_clip.create_model("tiny-vit", pretrained=str(tiny_clip.parent / "weights.pt")).eval()
     clip = load_clip(tiny_clip, "cpu")
-    picture = clip.transform(Image.new("RGB", (50, 40), "red"))[None]
+    image = clip.transform(Image.new("RGB", (50, 40), "red"))[None]
     with torch.no_grad():
-        assert torch.allclose(clip.model.encode_image(picture), model.encode_image(picture), atol=1e-6)
-    texts = np.load(embed_texts(clip, ["a cat", "a dog", "a cat"], 2, "cpu", tmp_path / "some"))
-    assert np.load(embed_texts(clip, [], 2, "cpu", tmp_path / "none")).shape == (0, 16)
+        assert torch.allclose(clip.model.encode_image(image), model.encode_image(image), atol=1e-6)
+    texts = np.load(text_features(clip, ["a cat", "a dog", "a cat"], 2, "cpu", tmp_path / "some"))
+    assert np.load(text_features(clip, [], 2, "cpu", tmp_path / "none")).shape == (0, 16)
     assert texts.shape == (3, 16)
     assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
     assert np.allclose(texts[0], texts[2], atol=1e-6)
@@ -178,7 +178,7 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in(tmp_path)
     assert small_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
 
 
-def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart(tmp_path):
+def test_the_projection_keeps_what_tells_the_competitions_own_images_apart(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = small_clip.untrained("lite0", seed=0, size=128)
     own = 0.01 * torch.randn(600, 1280)
@@ -196,11 +196,11 @@ def test_the_projection_keeps_what_tells_the_competitions_own_pictures_apart(tmp
 def test_retrieval_by_hand():
     texts = torch.eye(3)
     images = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0.6, 0.8]])
-    # The second picture is nearer to the first text; the others find their own.
+    # The second image is nearer to the first text; the others find their own.
     assert small_clip.retrieval(images, texts, (1, 2)) == {"R@1": 0.6667, "R@2": 1.0}
 
 
-def test_several_sample_clips_learn_from_the_same_pictures(tmp_path, competition):
+def test_several_sample_clips_learn_from_the_same_images(tmp_path, competition):
     own = sorted(str(path) for path in (competition / "images").iterdir())
     rows = list(itertools.islice(draw(0, stream=2), 80))
     folders = {name: tmp_path / name for name in ("lite0", "lite1")}

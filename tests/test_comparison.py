@@ -25,8 +25,8 @@ def cosines(seed=0, n=60, **models):
     return table.assign(**values).astype(dict.fromkeys(models, np.float32))
 
 
-def test_pairs_are_of_the_scored_pictures_of_both():
-    first, second = cosines(ridge=0.0, clip=0.0), cosines(1, ridge=0.1, model_a=0.0)
+def test_pairs_are_of_the_scored_images_of_both():
+    first, second = cosines(ridge=0.0, linear=0.0), cosines(1, ridge=0.1, model_a=0.0)
     second = second.drop(index=[1, 2]).sample(frac=1, random_state=0)
     pairs, notes = pair(first, second)
     assert pairs.columns.tolist() == ["split", "source", "id", "fold", "group", "ridge_a", "ridge_b"]
@@ -35,8 +35,8 @@ def test_pairs_are_of_the_scored_pictures_of_both():
     assert pairs.ridge_a.tolist() == wanted.ridge.tolist()
     assert pairs.ridge_b.tolist() == second.ridge.reindex(wanted.index).tolist()
     assert notes == [
-        "train pictures: 48 scored in A, 46 in B; compared on the 46 of both",
-        "only one of them has clip, model_a",
+        "train images: 48 scored in A, 46 in B; compared on the 46 of both",
+        "only one of them has linear, model_a",
     ]
     assert pair(first, first)[1] == []
 
@@ -49,19 +49,19 @@ def test_other_folds_are_said_to_be_so():
 
 def test_nothing_in_common_is_refused():
     first = cosines(ridge=0.0)
-    for second in (first.assign(source="other"), first.rename(columns={"ridge": "clip"})):
+    for second in (first.assign(source="other"), first.rename(columns={"ridge": "linear"})):
         with pytest.raises(ValueError, match="in common"):
             pair(first, second)
 
 
 def test_differences_are_paired_and_grouped():
-    first, second = cosines(clip=0.0, ridge=0.0), cosines(1, clip=0.0, ridge=0.1)
+    first, second = cosines(linear=0.0, ridge=0.0), cosines(1, linear=0.0, ridge=0.1)
     table = differences(pair(first, second)[0]).set_index(["model", "on"])
-    assert table.index.tolist() == [(m, on) for m in ("clip", "ridge") for on in ("oof", "fold_0", "fold_1", "test")]
+    assert table.index.tolist() == [(m, on) for m in ("linear", "ridge") for on in ("oof", "fold_0", "fold_1", "test")]
     rows = first.scored & (first.fold == 1)
     change = (second.ridge - first.ridge)[rows].astype(float)
     found = table.loc["ridge", "fold_1"]
-    assert found.pictures == rows.sum()
+    assert found.images == rows.sum()
     assert found.difference == pytest.approx(change.mean())
     assert found.b - found.a == pytest.approx(found.difference)
     assert (found.low, found.high) == pytest.approx(bootstrap_interval(change, first.group[rows]), abs=1e-7)
@@ -75,12 +75,14 @@ def test_verdicts():
 
 
 def test_a_constant_gain_is_found_and_noise_is_not():
-    first = cosines(clip=0.0, ridge=0.0, model_a=0.0)
+    first = cosines(linear=0.0, ridge=0.0, model_a=0.0)
     noise = np.random.default_rng(1).normal(0, 0.01, len(first))
-    second = first.assign(clip=first["clip"] + noise, ridge=first.ridge + noise + 0.02, model_a=first.model_a - 0.01)
+    second = first.assign(
+        linear=first["linear"] + noise, ridge=first.ridge + noise + 0.02, model_a=first.model_a - 0.01
+    )
     table = differences(pair(first, second)[0])
     found = table[table.on == "oof"].set_index("model").verdict.to_dict()
-    assert found == {"clip": "within noise", "ridge": "better", "model_a": "worse"}
+    assert found == {"linear": "within noise", "ridge": "better", "model_a": "worse"}
     overall, by_fold = differences_markdown(table).split("\n\n")
     assert overall.splitlines()[0] == (
         "| model | oof, A | oof, B | B - A [95%] | B is | test, A | test, B | B - A [95%] | B is |"
@@ -98,11 +100,11 @@ def test_most_changed_and_its_figure(tmp_path):
     assert better[["split", "id"]].values.tolist() == [["train", "p7"], ["test", "p1"]]
     assert worse.id.tolist() == ["p4", "p3"]
     Image.new("RGB", (40, 20), "red").save(tmp_path / "p.png")
-    better = better.assign(picture=[str(tmp_path / "p.png"), None], prompt=["a red thing", None])
-    draw_changes(tmp_path / "out.png", better, worse.assign(picture=None, prompt=None))
+    better = better.assign(image=[str(tmp_path / "p.png"), None], prompt=["a red thing", None])
+    draw_changes(tmp_path / "out.png", better, worse.assign(image=None, prompt=None))
     sheet = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))
     assert (sheet == [255, 0, 0]).all(axis=2).any()
-    draw_changes(tmp_path / "one.png", better, worse[:0].assign(picture=None, prompt=None))
+    draw_changes(tmp_path / "one.png", better, worse[:0].assign(image=None, prompt=None))
     assert Image.open(tmp_path / "one.png").size == Image.open(tmp_path / "out.png").size
 
 
@@ -111,35 +113,39 @@ def row(table, model):
 
 
 def test_results_by_hand(tmp_path):
-    table = cosines(clip=0.0, ridge=0.0, model_a=0.1)
-    found = results({name: row(table, name) for name in ("clip", "ridge", "model_a")})
-    assert found.row.tolist() == ["clip", "ridge", "model_a"]
+    table = cosines(linear=0.0, ridge=0.0, model_a=0.1)
+    found = results({name: row(table, name) for name in ("linear", "ridge", "model_a")})
+    assert found.row.tolist() == ["linear", "ridge", "model_a"]
     scored = table[table.scored]
     train, test = scored[scored.split == "train"], scored[scored.split == "test"]
     line = found.loc[2]
     assert line.oof == pytest.approx(train.model_a.astype(float).mean())
     assert line.test == pytest.approx(test.model_a.astype(float).mean())
     assert line.oof_std == pytest.approx(np.std(train.groupby("fold").model_a.mean()), abs=1e-6)
-    for kind, rows, other in (("vs_above", train, "ridge"), ("vs_clip", train, "clip"), ("test_vs_clip", test, "clip")):
+    for kind, rows, other in (
+        ("vs_above", train, "ridge"),
+        ("vs_first", train, "linear"),
+        ("test_vs_first", test, "linear"),
+    ):
         gain = rows.model_a.astype(float) - rows[other].astype(float)
         assert line[kind] == pytest.approx(gain.mean())
         assert (line[f"{kind}_low"], line[f"{kind}_high"]) == pytest.approx(bootstrap_interval(gain, rows.group))
     assert found.loc[0, "vs_above":].isna().all()
 
-    without = results({name: row(table[table.split == "train"], name) for name in ("clip", "model_a")})
+    without = results({name: row(table[table.split == "train"], name) for name in ("linear", "model_a")})
     assert without.test.isna().all()
-    assert without.vs_clip[1] == pytest.approx(line.vs_clip)
+    assert without.vs_first[1] == pytest.approx(line.vs_first)
     for number, shown in enumerate((found, without)):
         draw_results(tmp_path / f"{number}.png", shown, ours=1)
         assert Image.open(tmp_path / f"{number}.png").size[0] == 1100
 
 
-def test_results_on_other_pictures_are_refused():
-    table = cosines(clip=0.0)
-    first = row(table, "clip")
+def test_results_on_other_images_are_refused():
+    table = cosines(linear=0.0)
+    first = row(table, "linear")
     results({"a": first, "b": first.sample(frac=1, random_state=0)})
     for other in (first[1:], first.assign(fold=0), first.assign(id="x")):
-        with pytest.raises(ValueError, match="b is scored on other pictures or folds than a"):
+        with pytest.raises(ValueError, match="b is scored on other images or folds than a"):
             results({"a": first, "b": other})
 
 

@@ -61,22 +61,22 @@ def test_the_whole_tower_keeps_its_names_its_weights_and_its_norms_statistics():
     names = list(nn.Sequential(*plain).state_dict())
     assert list(fast.state_dict()) == names
     assert {id(p) for p in fast.parameters()} == {id(p) for p in model.parameters()}
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     before = model.bn1.running_mean.clone()
     fast.train()
-    fast(pictures).sum().backward()
+    fast(images).sum().backward()
     assert torch.equal(model.bn1.running_mean, before)
     fast.eval()
     with torch.no_grad():
-        assert torch.allclose(fast(pictures), model(pictures), atol=1e-4)
+        assert torch.allclose(fast(images), model(images), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnetv2_rw_t", "mobilenetv2_100", "mnasnet_100"])
 def test_other_networks_of_the_family_give_what_timm_gives(name):
     model = trunk(name).double()
-    pictures = torch.randn(2, 3, 64, 64, dtype=torch.double)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.double)
     with torch.no_grad():
-        assert torch.allclose(nn.Sequential(*efficientnet.layers(model))(pictures), model(pictures), atol=1e-8)
+        assert torch.allclose(nn.Sequential(*efficientnet.layers(model))(images), model(images), atol=1e-8)
 
 
 def test_the_first_layer_that_trains_asks_for_no_gradient_of_its_input():

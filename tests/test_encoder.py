@@ -37,5 +37,5 @@ def test_no_texts(encode):
 
 
 def test_meaning(encode):
-    cat, kitten, bridge = encode(["a photo of a cat", "a picture of a kitten", "a suspension bridge at night"])
+    cat, kitten, bridge = encode(["a photo of a cat", "an image of a kitten", "a suspension bridge at night"])
     assert cat @ kitten > cat @ bridge + 0.2

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from img2prompt.core.metric import bootstrap_interval, cosine, mean_cosine, unit
+from img2prompt.core.metric import bootstrap_interval, cosine, unit
 from img2prompt.ensemble.constant import constant
 from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, search_weights, spread
 from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_table
@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_the_loss(members):
     weights, step = np.array([0.5, 0.2, 0.3]), 1e-6
     nudged = [(cosines.loss(weights + step * e)[0] - cosines.loss(weights - step * e)[0]) / 2 / step for e in np.eye(3)]
     np.testing.assert_allclose(cosines.loss(weights)[1], nudged, atol=1e-8)
-    assert cosines.loss(weights)[0] == -cosines.of_mix(weights).mean()
+    assert cosines.loss(weights)[0] == pytest.approx(-cosines.of_mix(weights).mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("m", [2, 3])
@@ -173,7 +173,7 @@ def test_spread_by_hand():
 
 def test_spread_finds_the_weights_for_means_of_models():
     # Two members of five models each, of which the k-th ones err alike (they trained on the same fold), and one model;
-    # 5,000 pictures, 64-d.
+    # 5,000 images, 64-d.
     rng = np.random.default_rng(0)
     targets = unit(rng.normal(size=(5000, 64)))
 
@@ -239,7 +239,7 @@ def test_scores_table(members):
     test = cosines.assign(split="test", fold=-1, scored=True)
     with_test = scores_table(pd.concat([cosines, test]), ["model_b"], [0, 1, 2])
     assert with_test.splitlines()[0].endswith("| oof [95%] | test [95%] |")
-    assert f"| {mean_cosine(b, targets):.4f} [" in with_test.splitlines()[2]
+    assert f"| {cosine(b, targets).mean():.4f} [" in with_test.splitlines()[2]
 
 
 def test_the_gain_is_over_the_best_member_of_each_split():

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from img2prompt.core.pictures import open_picture
+from img2prompt.core.images import open_image
 from img2prompt.core.rows import read_rows
 from img2prompt.predict.submission import check_submission, write_submission
 from img2prompt.sources.params import Source
@@ -34,7 +34,7 @@ GOOD = [
     encoded(form="JPEG"), encoded("CMYK", "JPEG"), encoded(form="WEBP"), encoded("P", "GIF"), encoded(form="BMP"),
 ]  # fmt: skip
 BAD = [
-    b"", b"\0", b"no picture", b"<html>404</html>", encoded()[:-30], encoded(form="JPEG")[:200], encoded()[8:],
+    b"", b"\0", b"no image", b"<html>404</html>", encoded()[:-30], encoded(form="JPEG")[:200], encoded()[8:],
     encoded("1", "PNG")[:16] + (10**6).to_bytes(4, "big") * 2 + encoded("1", "PNG")[24:],
 ]  # fmt: skip
 
@@ -46,7 +46,7 @@ names = st.text(letters, min_size=1, max_size=20).filter(
 plain = st.text("abcdefgh0123456789-_ üщ猫", min_size=1, max_size=12).filter(str.strip)
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30)
 prompts = st.builds(lambda visible, rest: rest + visible, st.sampled_from(["cat", "قط", "猫", "🐈"]), words)
-damages = st.sampled_from([None] * 5 + ["missing picture", "unreadable picture", "empty prompt", "repeated id"])
+damages = st.sampled_from([None] * 5 + ["missing image", "unreadable image", "empty prompt", "repeated id"])
 blanks = st.sampled_from(["", " ", "\t", "\x07", "\u200b"])
 
 
@@ -56,7 +56,7 @@ class Case:
     def __init__(self, name, prompt, blank, data, bad, damage):
         self.name, self.damage = name, damage
         self.prompt = blank if damage == "empty prompt" else prompt
-        self.data = None if damage == "missing picture" else bad if damage == "unreadable picture" else data
+        self.data = None if damage == "missing image" else bad if damage == "unreadable image" else data
 
 
 def cases(of_names, least=1):
@@ -97,10 +97,10 @@ def check(folder, source, split, rows, prefix=""):
     assert table.id.tolist() == [prefix + case.name for case in expected]
     known = [None if case.damage == "empty prompt" else case.prompt for case in expected]
     assert table.prompt.tolist() == known
-    seen = [case.damage not in ("missing picture", "unreadable picture") for case in expected]
-    assert table.picture.notna().tolist() == seen
-    for picture in table.picture[seen]:
-        assert open_picture(picture).size == (5, 3)
+    seen = [case.damage not in ("missing image", "unreadable image") for case in expected]
+    assert table.image.notna().tolist() == seen
+    for image in table.image[seen]:
+        assert open_image(image).size == (5, 3)
     bad = {(prefix + case.name, case.damage) for case in rows if case.damage}
     if split == "test":
         bad = {(name, reason) for name, reason in bad if reason != "empty prompt"}
@@ -146,7 +146,7 @@ def test_kaggle(rows, suffix, spelling, split, asked):
         (home / "images").mkdir(parents=True, exist_ok=True)
         write_csv(home / "prompts.csv", ["imgId", "prompt"], records(rows), spelling)
         if split == "test":
-            # Without the submission's order the pictures' own is taken: then only the ids are known beforehand.
+            # Without the submission's order the images' own is taken: then only the ids are known beforehand.
             ids = [(f"{case.name}_{element}", 0) for case in rows for element in range(2)]
             write_csv(home / "sample_submission.csv", ["imgId_eId", "val"], ids, spelling | {"broken": -1})
         check(Path(folder), Source(path=str(home)), split, rows)

@@ -1,83 +1,130 @@
+import io
+import tarfile
+import zlib
+
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from img2prompt.clip.features import Pictures, embed_pictures
-from img2prompt.clip.model import load_clip
-from img2prompt.clip.towers import tower
-from img2prompt.model_a.inputs import Augmented, Drawn
-from img2prompt.model_a.params import Augmentation
+from img2prompt.core.images import decode, open_image, pack, read_image
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    paths = []
-    for number in range(5):
-        path = folder / f"{number}.png"
-        Image.fromarray(rng.integers(0, 255, (40, 50 + number, 3), np.uint8)).save(path)
-        paths.append(str(path))
-    return [*paths, None]
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
 
 
-def drawn(references, clip, epoch, row=0, **amount):
-    settings = Augmentation(**{"crop": 0.0, "rotation": 0.0, "flip": 0.0} | amount)
-    return Augmented(references, clip.transform, settings, seed=0)[(row, epoch)]
+def corner(data):
+    return np.asarray(decode(data))[0, 0].tolist()
 
 
-def test_embeddings_agree_with_clip_itself(references, tiny_clip, tmp_path):
-    clip = load_clip(tiny_clip, "cpu")
-    files = {path.stem: path for path in embed_pictures(clip, references, 4, "cpu", tmp_path, "train", keep=2)}
-    image, pooled, frozen = (np.load(files[f"train_{name}"]) for name in ("image", "pooled", "frozen"))
-    assert (image.shape, pooled.shape, frozen.shape) == ((6, 16), (6, 32), (6, 5, 32))
-    assert (image.dtype, pooled.dtype, frozen.dtype) == (np.float32, np.float32, np.float16)
-    pictures = torch.stack([clip.transform(Image.open(path).convert("RGB")) for path in references[:5]])
-    with torch.no_grad():
-        assert np.allclose(image[:5], clip.model.encode_image(pictures, normalize=True), atol=1e-5)
-        last = tower(clip.model.visual)[-2:]
-        assert np.allclose(pooled, last(torch.from_numpy(frozen).float()), atol=2e-2)
+RED = Image.new("RGB", (8, 6), (255, 0, 0))
 
 
-def test_a_missing_picture_is_grey(references, tiny_clip):
-    clip = load_clip(tiny_clip, "cpu")
-    grey = clip.transform(Image.new("RGB", (64, 64), (128, 128, 128)))
-    assert torch.equal(Pictures(references, clip.transform)[(5, None)], grey)
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_formats(form):
+    image = decode(encoded(RED, form))
+    assert image.mode == "RGB"
+    assert image.size == (8, 6)
+    assert np.allclose(np.asarray(image)[3, 3], [255, 0, 0], atol=8)
 
 
-@pytest.mark.parametrize("amount", [{"crop": 0.5}, {"rotation": 30.0}, {"flip": 0.5}])
-def test_augmented_views_differ_and_repeat_by_epoch(references, tiny_clip, amount):
-    clip = load_clip(tiny_clip, "cpu")
-    plain = drawn(references, clip, None, **amount)
-    views = [drawn(references, clip, epoch, **amount) for epoch in range(6)]
-    assert any(not torch.equal(view, plain) for view in views)
-    assert any(not torch.equal(view, views[0]) for view in views)
-    assert all(torch.equal(view, drawn(references, clip, epoch, **amount)) for epoch, view in enumerate(views))
+def test_transparency_shows_white():
+    assert corner(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)))) == [255, 255, 255]
+    assert corner(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255)))) == [255, 0, 0]
+    palette = RED.convert("P")
+    assert corner(encoded(palette, transparency=palette.getpixel((0, 0)))) == [255, 255, 255]
 
 
-@pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_no_flip_without_asking(tmp_path, tiny_clip, flip):
-    """ "left of" and "right of" are told apart by the picture's sides."""
-    picture = np.zeros((40, 40, 3), np.uint8)
-    picture[:, :20] = 255
-    Image.fromarray(picture).save(tmp_path / "half.png")
-    clip = load_clip(tiny_clip, "cpu")
-    for epoch in range(20):
-        seen = drawn([str(tmp_path / "half.png")], clip, epoch, crop=0.3, rotation=10.0, flip=flip)
-        left, right = seen[..., :8].mean(), seen[..., -8:].mean()
-        assert (left > right) == (flip == 0)
+def test_sixteen_bit_grey_is_scaled_not_cut():
+    image = Image.fromarray(np.full((4, 4), 32896, np.uint16))
+    assert corner(encoded(image)) == [128, 128, 128]
 
 
-def test_augmented_inputs_run_through_the_frozen_layers(references, tiny_clip):
-    clip = load_clip(tiny_clip, "cpu")
-    layers = tower(clip.model.visual)
-    settings = Augmentation(crop=0.3, rotation=0.0, flip=0.0)
-    pictures = Augmented(references, clip.transform, settings, seed=0)
-    inputs = Drawn(pictures, layers[:-2], "cpu")
-    (plain,) = inputs.batches([np.array([1, 0])], None)
-    with torch.no_grad():
-        expected = layers[:-2](torch.stack([pictures[(1, None)], pictures[(0, None)]]))
-    assert torch.allclose(plain, expected, atol=1e-5)
-    (augmented,) = inputs.batches([np.array([1, 0])], 0)
-    assert not torch.allclose(augmented, expected, atol=1e-3)
+def test_grey_and_cmyk():
+    assert corner(encoded(Image.new("L", (4, 4), 7))) == [7, 7, 7]
+    assert np.allclose(corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), [255, 0, 0], atol=8)
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    assert decode(encoded(RED, "JPEG", exif=exif)).size == (6, 8)
+
+
+def test_broken_exif_is_no_reason_to_lose_a_image():
+    data = encoded(RED, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
+    assert decode(data).size == (8, 6)
+
+
+def test_palette_and_sixteen_bit_colour():
+    assert np.allclose(corner(encoded(RED.convert("P"))), [255, 0, 0])
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")  # noqa: E731
+    header = (1).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    pixel = zlib.compress(b"\0\xff\xff\x80\x00\x00\x00")
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+    assert corner(data) == [255, 128, 0]
+
+
+def test_formats_that_run_other_programs_are_refused():
+    with pytest.raises(ValueError, match="none of PNG"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+
+
+def test_an_animated_webp_too():
+    blue = Image.new("RGB", (8, 6), (0, 0, 255))
+    assert np.allclose(corner(encoded(RED, "WEBP", save_all=True, append_images=[blue])), [255, 0, 0], atol=8)
+
+
+def test_no_file_is_too_large_to_be_refused(tmp_path):
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    for reference in (str(path), f"{path}#0+{2**39}"):
+        with pytest.raises(OSError, match="larger than 256 MB"):
+            read_image(reference)
+
+
+def test_first_frame_of_an_animation():
+    blue = Image.new("RGB", (8, 6), (0, 0, 255))
+    assert np.allclose(corner(encoded(RED, "GIF", save_all=True, append_images=[blue])), [255, 0, 0], atol=8)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encoded(RED)[:40], encoded(RED, "JPEG")[:300]])
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(ValueError, match=r"Error|error"):
+        decode(data)
+
+
+def test_a_bomb_is_refused():
+    with pytest.raises(ValueError, match="DecompressionBomb"):
+        decode(encoded(Image.new("1", (20000, 10000))))
+
+
+def test_images_in_one_tar(tmp_path):
+    images = [encoded(Image.new("RGB", (4, 4), (shade, 0, 0))) for shade in range(5)]
+    tar = tmp_path / "images.tar"
+    spans = pack(tar, [f"{number}.png" for number in range(5)], images)
+    assert [read_image(f"{tar}{span}") for span in spans] == images
+    assert np.asarray(open_image(f"{tar}{spans[3]}"))[0, 0, 0] == 3
+    with tarfile.open(tar) as archive:
+        assert archive.getnames() == [f"{number}.png" for number in range(5)]
+        assert archive.extractfile("2.png").read() == images[2]
+    before = tar.read_bytes()
+    pack(tar, [f"{number}.png" for number in range(5)], images)
+    assert tar.read_bytes() == before
+
+
+def test_a_short_tar_is_reported(tmp_path):
+    tar = tmp_path / "images.tar"
+    (span,) = pack(tar, ["a"], [encoded(RED)])
+    tar.write_bytes(tar.read_bytes()[:520])
+    with pytest.raises(OSError, match="ends after 8 of"):
+        read_image(f"{tar}{span}")
+
+
+def test_a_name_with_a_hash_is_a_name(tmp_path):
+    path = tmp_path / "a#1+2.png"
+    path.write_bytes(encoded(RED))
+    assert read_image(str(path)) == encoded(RED)

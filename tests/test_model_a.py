@@ -10,14 +10,14 @@ from torch.nn import functional
 from img2prompt.cli.check import load_params
 from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
-from img2prompt.model_a.inputs import AnyPicture, Stored
+from img2prompt.model_a.inputs import AnyImage, Stored
 from img2prompt.model_a.ridge import Ridge, TextPrior, ridge
 from img2prompt.model_a.training import Schedule, cosine_loss, fit, parameter_groups, predict, train
 
-RNG = np.random.default_rng(0)
-FEATURES = RNG.normal(2, 3, (120, 12)).astype(np.float32)
-TARGETS = RNG.normal(size=(12, 6)).astype(np.float32)
-TARGETS = (FEATURES - 2) @ TARGETS / 10 + RNG.normal(size=6).astype(np.float32)
+rng = np.random.default_rng(0)
+FEATURES = rng.normal(2, 3, (120, 12)).astype(np.float32)
+TARGETS = rng.normal(size=(12, 6)).astype(np.float32)
+TARGETS = (FEATURES - 2) @ TARGETS / 10 + rng.normal(size=6).astype(np.float32)
 TARGETS /= np.linalg.norm(TARGETS, axis=1, keepdims=True)
 ROWS, UNSEEN = np.arange(100), np.arange(100, 120)
 
@@ -331,7 +331,7 @@ def test_averaged_weights_by_hand(tmp_path):
 
 @pytest.mark.parametrize("kind", [LinearHead, PaperHead])
 def test_a_wide_hidden_layer_learns_what_a_line_cannot(tmp_path, kind):
-    targets = np.tanh(np.abs(FEATURES - 2) @ RNG.normal(size=(12, 6)).astype(np.float32) / 3)
+    targets = np.tanh(np.abs(FEATURES - 2) @ rng.normal(size=(12, 6)).astype(np.float32) / 3)
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     plan = schedule(epochs=30, batch_size=33, lr_head=3e-2)  # 100 rows: the last batch is one row alone
     losses = [
@@ -354,8 +354,8 @@ def settings(**changes):
 
 
 def trained(resume, tower, section, **rates):
-    args = (TARGETS[None], ROWS, UNSEEN, section, section.baseline.model_copy(update=rates), (0, 1), "cpu")
-    return train("clip", REGRESSION, FEATURES, Stored(FEATURES), tower, *args, resume)
+    args = (TARGETS[None], ROWS, UNSEEN, section, section.linear.model_copy(update=rates), (0, 1), "cpu")
+    return train("linear", REGRESSION, FEATURES, Stored(FEATURES), tower, *args, resume)
 
 
 def test_two_phases_and_the_control_without_a_tower(tmp_path):
@@ -384,10 +384,10 @@ def test_wise_is_between_the_start_and_the_trained_weights(tmp_path):
     assert torch.allclose(found[0.25], 0.75 * found[0.0] + 0.25 * found[1.0], atol=1e-6)
 
 
-def test_an_epoch_takes_any_picture_of_a_prompt():
+def test_an_epoch_takes_any_image_of_a_prompt():
     prompts = np.array([0, 1, 0, 2, 1, 0, -1, 1])
     own = np.arange(8, dtype=np.float32)[:, None]
-    inputs = AnyPicture(Stored(own), prompts, (3,))
+    inputs = AnyImage(Stored(own), prompts, (3,))
     rows = [np.array([0, 1]), np.array([3, 2])]
     seen = [torch.cat(list(inputs.batches(rows, epoch)))[:, 0].int().tolist() for epoch in range(30)]
     assert {epoch[0] for epoch in seen} == {0, 2, 5}

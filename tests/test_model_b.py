@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2prompt.core.metric import cosine, mean_cosine, unit
+from img2prompt.core.metric import cosine, unit
 from img2prompt.ensemble.weights import Cosines, mix, search_weights
 from img2prompt.model_b import neighbours
 from img2prompt.model_b.choice import DISTANCE_DIM_GRID, Setting, Texts, fit_predict
@@ -161,7 +161,7 @@ N, M = 240, 20
 
 @pytest.fixture(scope="module")
 def data():
-    """Pictures, prompts and targets that share a 4-d meaning; text keys are noisier than image keys."""
+    """Images, prompts and targets that share a 4-d meaning; text keys are noisier than image keys."""
     rng = np.random.default_rng(12)
     meaning, on_test = rng.normal(size=(N, 4)), rng.normal(size=(M, 4))
     to_clip, to_target = rng.normal(size=(4, 8)), rng.normal(size=(4, 12))
@@ -209,7 +209,7 @@ def test_the_choice_is_the_best_of_the_table_and_predicts_the_test(data, result)
         assert (setting.k, setting.distance_dim) == (best["k"], best["distance_dim"])
         direct = regress(result.neighbours[kind], data["targets"], setting.k, setting.distance_dim, *args)
         scored = data["scored"]
-        assert best["score"] == pytest.approx(mean_cosine(direct[scored], data["targets"][scored]), abs=1e-6)
+        assert best["score"] == pytest.approx(cosine(direct[scored], data["targets"][scored]).mean(), abs=1e-6)
     by_kind = {
         kind: regress(found, data["targets"], setting.k, setting.distance_dim, *args)
         for kind, found in result.test_neighbours.items()
@@ -241,12 +241,12 @@ def test_both_kinds_of_keys_beat_one(data, result):
         assert set(alone.choice.settings) == set(alone.neighbours) == {keys}
         assert alone.choice.image_share == float(keys == "image")
         assert alone.choice.settings[keys] == result.choice.settings[keys]
-        both = mean_cosine(result.oof[scored], data["targets"][scored])
-        assert both > mean_cosine(alone.oof[scored], data["targets"][scored])
+        both = cosine(result.oof[scored], data["targets"][scored]).mean()
+        assert both > cosine(alone.oof[scored], data["targets"][scored]).mean()
 
 
 def test_a_fold_s_own_scores_do_not_move_its_choice(data):
-    # Without kept rows fold 2 is nobody's neighbour: its targets and pictures can matter only as scores.
+    # Without kept rows fold 2 is nobody's neighbour: its targets and images can matter only as scores.
     kept = data["kept"] & (data["fold"] != 2)
     before = fit_predict(**{**data, "kept": kept})
     rows = data["fold"] == 2

@@ -53,12 +53,12 @@ def test_default_is_valid():
         ("prepare__test", "", "prepare.test.path"),
         ("prepare__max_quarantined", 2.0, "prepare.max_quarantined"),
         ("prepare__max_quarantined", "2%", "prepare.max_quarantined"),
-        ("model_a__any_picture", 1, "model_a.any_picture"),
+        ("model_a__any_image", 1, "model_a.any_image"),
         ("prepare__sample__n_train", 10.5, "prepare.sample.n_train"),
         ("prepare__sample__seed", True, "prepare.sample.seed"),
         ("model_a__lr_head", float("nan"), "model_a.lr_head"),
         ("model_a__augmentation__flip", 1.1, "model_a.augmentation.flip"),
-        ("model_a__baseline", None, "model_a.baseline"),
+        ("model_a__linear", None, "model_a.linear"),
         ("model_a__tta", ["flip", "flip"], "model_a"),
         ("model_a__tta", ["mirror"], "model_a.tta.0"),
         ("model_a__layer_decay", 0, "model_a.layer_decay"),
@@ -131,8 +131,8 @@ def test_sections_that_do_not_go_together_are_named(tmp_path):
 
 
 def test_a_source_is_a_path_or_names_its_columns(tmp_path):
-    mine = {"path": "input/mine.tsv", "picture": "img", "prompt": "words", "fold": "part"}
+    mine = {"path": "input/mine.tsv", "image": "img", "prompt": "words", "fold": "part"}
     found = load_params(written(tmp_path, prepare__train=["sample", mine])).prepare
     assert [source.path for source in found.train] == ["sample", "input/mine.tsv"]
-    assert (found.train[1].picture, found.train[1].prompt, found.train[1].fold) == ("img", "words", "part")
+    assert (found.train[1].image, found.train[1].prompt, found.train[1].fold) == ("img", "words", "part")
     assert found.train[0].prompt is None

@@ -1,4 +1,4 @@
-"""The sample competition: its prompts, its pictures, and rows that are no near-duplicates of others."""
+"""The sample competition: its prompts, its images, and rows that are no near-duplicates of others."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from img2prompt.sample.distinct import apart
 from img2prompt.sample.frames import FRAMES
 from img2prompt.sample.media import MEDIA
 from img2prompt.sample.render import jpeg, render
-from img2prompt.sample.scenes import Row, Scene, Thing, words
+from img2prompt.sample.scenes import PromptedScene, Scene, Thing, words
 from img2prompt.sample.wording import draw, generate
 
 CAT, ROCKET = Thing("🐱", "cat"), Thing("🚀", "rocket")
@@ -94,7 +94,7 @@ def test_a_scene_is_said_with_the_names_of_its_things():
         assert any(word[:3] in row.visible.lower() for name in names for word in name.split())
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_every_medium_and_frame_of_the_vocabulary_can_be_drawn():
@@ -117,25 +117,25 @@ def every_scene():
         yield Scene((replace(CAT, number=key),))
 
 
-def test_every_entry_of_the_vocabulary_changes_the_picture():
-    pictures = {scene: render(scene, 64).tobytes() for scene in every_scene()}
+def test_every_entry_of_the_vocabulary_changes_the_image():
+    images = {scene: render(scene, 64).tobytes() for scene in every_scene()}
     plain = render(Scene((CAT,)), 64).tobytes()
-    assert plain not in pictures.values()
+    assert plain not in images.values()
 
 
 @pytest.mark.parametrize("size", [32, 96, 128, 224])
 def test_generated_scenes_render_at_any_size(size):
     for row in generate(40, 8):
-        picture = render(row.scene, size)
-        assert picture.mode == "RGB"
-        assert picture.size == (size, size)
-        assert np.asarray(picture).std() > 3
+        image = render(row.scene, size)
+        assert image.mode == "RGB"
+        assert image.size == (size, size)
+        assert np.asarray(image).std() > 3
 
 
 def test_every_subject_has_a_glyph_of_its_own():
     scenes = (Scene((Thing(glyph, names[0]),)) for glyph, names in words().subjects.items())
-    pictures = Counter(render(scene, 32).tobytes() for scene in scenes)
-    assert pictures.most_common(1)[0][1] == 1
+    images = Counter(render(scene, 32).tobytes() for scene in scenes)
+    assert images.most_common(1)[0][1] == 1
 
 
 def test_same_scene_gives_the_same_bytes_whatever_was_drawn_before():
@@ -180,7 +180,7 @@ def test_a_look_recolours_the_subject_only():
 
 
 def row(text, visible=None):
-    return Row(text, visible or text, Scene((CAT,)))
+    return PromptedScene(text, visible or text, Scene((CAT,)))
 
 
 def test_apart_keeps_prompts_and_visible_texts_away_from_the_others_and_from_one_another():

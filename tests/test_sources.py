@@ -41,7 +41,7 @@ def test_rows_in_the_order_of_prompts(folder):
     rows, aside = taken(folder)
     assert [row.id for row in rows] == ["001", "1", "e", "ff"]
     assert [row.prompt for row in rows] == ["a cat", "a dog, sitting", "NA", "two\nlines"]
-    assert rows[0].picture.endswith("images/001.png")
+    assert rows[0].image.endswith("images/001.png")
     assert aside == []
 
 
@@ -52,8 +52,8 @@ def test_bad_rows_are_set_aside_with_reason_and_fix(folder):
     rows, aside = taken(folder)
     assert [row.id for row in rows] == ["001", "ff"]
     assert reasons(aside) == {
-        ("001", "repeated id"), ("1", "empty prompt"), ("e", "unreadable picture"),
-        ("gone", "missing picture"), ("alone", "no prompt"),
+        ("001", "repeated id"), ("1", "empty prompt"), ("e", "unreadable image"),
+        ("gone", "missing image"), ("alone", "no prompt"),
     }  # fmt: skip
     assert all(row.fix for row in aside)
     assert {row.id: row.row for row in aside} == {"001": 3, "1": 4, "e": 5, "gone": 6, "alone": 0}
@@ -62,7 +62,7 @@ def test_bad_rows_are_set_aside_with_reason_and_fix(folder):
 def test_too_much_set_aside_is_an_error_that_names_the_first_ten(folder):
     lines = [f"x{number},a prompt" for number in range(12)]
     write(folder, "prompts.csv", "\n".join(["imgId,prompt", "001,a", "1,b", "e,c", "ff,d", *lines]) + "\n")
-    with pytest.raises(ValueError, match=r"12 of 16 rows .*12 missing picture.*max_quarantined \(0\.5\)") as error:
+    with pytest.raises(ValueError, match=r"12 of 16 rows .*12 missing image.*max_quarantined \(0\.5\)") as error:
         taken(folder, limit=0.5)
     assert "row 15, id 'x9'" in str(error.value)
     assert "x10" not in str(error.value)
@@ -128,10 +128,10 @@ def test_links_are_followed_within_the_source_only(folder, tmp_path_factory):
     write(folder, "prompts.csv", "imgId,prompt\nout,a\nin,b\nloop,c\n")
     rows, aside = taken(folder)
     assert [row.id for row in rows] == ["in"]
-    assert {("out", "outside the folder"), ("loop", "unreadable picture")} <= reasons(aside)
+    assert {("out", "outside the folder"), ("loop", "unreadable image")} <= reasons(aside)
 
 
-def test_a_linked_folder_of_pictures_is_no_way_out(folder, tmp_path_factory):
+def test_a_linked_folder_of_images_is_no_way_out(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("disk") / "images"
     (folder / "images").rename(elsewhere)
     (folder / "images").symlink_to(elsewhere)
@@ -143,14 +143,14 @@ def test_what_is_no_regular_file_is_not_waited_for(folder):
     os.mkfifo(folder / "images/001.png")
     (folder / "images/1.jpg").unlink()
     (folder / "images/1.jpg").mkdir()
-    assert reasons(taken(folder)[1]) == {("001", "unreadable picture"), ("1", "unreadable picture")}
+    assert reasons(taken(folder)[1]) == {("001", "unreadable image"), ("1", "unreadable image")}
 
 
-def test_a_second_picture_of_a_name_is_listed(folder):
+def test_a_second_image_of_a_name_is_listed(folder):
     Image.new("RGB", (4, 4)).save(folder / "images/001.webp")
     (folder / "images/001.txt").write_text("a caption")
     rows, aside = taken(folder)
-    assert rows[0].picture.endswith("001.png")
+    assert rows[0].image.endswith("001.png")
     assert reasons(aside) == {("001", "repeated id")}
 
 
@@ -200,15 +200,15 @@ def test_test_prompts_are_optional(folder):
     assert {row.prompt for row in rows} == {None}
 
 
-def test_a_test_picture_is_never_dropped_and_does_not_count_towards_the_limit(folder):
+def test_a_test_image_is_never_dropped_and_does_not_count_towards_the_limit(folder):
     (folder / "images/1.jpg").write_bytes(b"broken")
     write(folder, "sample_submission.csv", "imgId_eId,val\ngone_0,0\n1_0,0\nff_0,0\n../x_0,0\n")
     rows, aside = taken(folder, "test", limit=0.0)
-    assert [(row.id, row.picture is None) for row in rows] == [
+    assert [(row.id, row.image is None) for row in rows] == [
         ("gone", True), ("1", True), ("ff", False), ("../x", True),
     ]  # fmt: skip
     assert reasons(aside) == {
-        ("gone", "missing picture"), ("1", "unreadable picture"), ("../x", "outside the folder"),
+        ("gone", "missing image"), ("1", "unreadable image"), ("../x", "outside the folder"),
     }  # fmt: skip
     assert rows[1].prompt == "a dog, sitting"
 
@@ -218,7 +218,7 @@ def test_bad_rows_of_test_prompts_are_listed(folder):
     rows, aside = taken(folder, "test")
     assert [row.id for row in rows] == ["001", "1", "e", "ff", "else"]
     assert [row.prompt for row in rows] == ["a", None, None, None, "y"]
-    assert {row.reason for row in aside} == {"repeated id", "empty id", "broken row", "missing picture"}
+    assert {row.reason for row in aside} == {"repeated id", "empty id", "broken row", "missing image"}
 
 
 def test_the_same_id_in_two_sources_is_two_rows(folder, tmp_path):
@@ -235,7 +235,7 @@ def written(path, folders, split="train"):
     return path.read_bytes()
 
 
-def test_a_changed_picture_changes_the_table(folder, tmp_path):
+def test_a_changed_image_changes_the_table(folder, tmp_path):
     path = tmp_path / "rows.parquet"
     before = written(path, [folder])
     assert written(path, [folder]) == before
@@ -255,7 +255,7 @@ def test_table_and_its_groups(folder, tmp_path, monkeypatch):
     assert rows.fold.tolist() == [2, 0, 2, 0]
     listed = pd.read_csv(path.with_suffix(".csv"), dtype=str)
     assert list(listed) == ["split", "source", "row", "id", "reason", "fix"]
-    assert listed.reason.tolist() == ["missing picture", "bad fold"] * 2
+    assert listed.reason.tolist() == ["missing image", "bad fold"] * 2
     (folder / "prompts.csv").unlink()
     written(path, [folder], "test")
     assert read_rows(path)[["prompt", "fold"]].isna().all(axis=None)
@@ -279,7 +279,7 @@ def test_texts_are_distinct(tmp_path):
     assert [(row.row, row.reason) for row in aside] == [(6, "not UTF-8")]
     with pytest.raises(ValueError, match=r"max_quarantined"):
         list(read_texts(Source(path=str(tmp_path / "texts.txt")), 0.1))
-    with pytest.raises(ValueError, match=r"prompts without pictures"):
+    with pytest.raises(ValueError, match=r"prompts without images"):
         taken(tmp_path / "texts.txt", "test")
 
 

@@ -30,7 +30,7 @@ def read(dim):
 
 
 def test_rows_are_the_ids_in_order_and_values_come_back_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(submission, "CHUNK", 3)  # 7 pictures: two whole chunks and a rest
+    monkeypatch.setattr(submission, "CHUNK", 3)  # 7 images: two whole chunks and a rest
     ids, predictions = list("gacbfed"), vectors(7)
     write_submission(PATH, ids, predictions)
     names, values = read(384)
@@ -129,9 +129,9 @@ def test_a_check_counts_rows():
 
 
 def test_a_check_streams_over_many_blocks():
-    ids, predictions = [f"picture {i}" for i in range(500)], vectors(500)  # 4 MB: several of Arrow's blocks
+    ids, predictions = [f"image {i}" for i in range(500)], vectors(500)  # 4 MB: several of Arrow's blocks
     write_submission(PATH, ids, predictions)
     check_submission(PATH, ids)
     ids[498], ids[499] = ids[499], ids[498]
-    with pytest.raises(ValueError, match="row 191233 is 'picture 498_0' where 'picture 499_0' belongs"):
+    with pytest.raises(ValueError, match="row 191233 is 'image 498_0' where 'image 499_0' belongs"):
         check_submission(PATH, ids)

@@ -1,1 +1,1 @@
-"""img2prompt: from pictures to the sentence embeddings of the prompts behind them."""
+"""img2prompt: from images to the sentence embeddings of the prompts behind them."""

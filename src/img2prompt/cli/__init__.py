@@ -1,1 +1,1 @@
-"""The command line: the only place that knows argparse or DVC."""
+"""The command line: the only subpackage that uses argparse or DVC."""

@@ -63,12 +63,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which file to check."""
+    """Add the argument: which file to check."""
     parser.add_argument("path", nargs="?", type=Path, default=Path("params.yaml"))
 
 
 def main(options: argparse.Namespace) -> None:
-    """End with one line and the faulty keys if there are any."""
+    """Check the file; if keys are faulty, end the process with an error that lists them."""
     try:
         load_params(options.path)
     except (ValueError, OSError) as error:

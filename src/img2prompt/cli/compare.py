@@ -1,4 +1,4 @@
-"""Compare two experiments picture by picture.
+"""Compare two experiments image by image.
 
 A and B are names of DVC experiments, git revisions, or `workspace` for what outputs/ holds now.
 """
@@ -18,11 +18,15 @@ from img2prompt.core.storage import whole_folder
 from img2prompt.report.comparison import KEY, differences, differences_markdown, models_of, most_changed, pair
 
 COSINES = "outputs/ensemble/cosines.parquet"
-PICTURES = 6  # better ones drawn, and as many worse ones
+IMAGES = 6  # how many images that B predicts better are drawn, and how many that it predicts worse
 
 
 def read_cosines(revision: str) -> pd.DataFrame:
-    """Every picture's cosines in an experiment, from DVC's cache; `workspace` is outputs/ as it is."""
+    """Every image's cosines in an experiment, from DVC's cache; `workspace` is outputs/ as it is.
+
+    Raises:
+        ValueError: the revision is unknown or has no cosines.
+    """
     try:
         if revision == "workspace":
             return pd.read_parquet(COSINES)
@@ -35,39 +39,39 @@ def read_cosines(revision: str) -> pd.DataFrame:
         ) from None
 
 
-def pictures() -> pd.DataFrame:
-    """The workspace's pictures and prompts by split, source and id; none before `prepare` has run."""
-    tables = [pd.DataFrame(columns=[*KEY, "picture", "prompt"], dtype=object)]
+def images() -> pd.DataFrame:
+    """The workspace's images and prompts by split, source and id; no rows before `prepare` has run."""
+    tables = [pd.DataFrame(columns=[*KEY, "image", "prompt"], dtype=object)]
     for split in ("train", "test"):
         path = Path(f"outputs/prepare/{split}.parquet")
         if path.is_file():
             tables.append(read_rows(path).assign(split=split))
-    return pd.concat(tables)[[*KEY, "picture", "prompt"]]
+    return pd.concat(tables)[[*KEY, "image", "prompt"]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two experiments."""
+    """Add the arguments: the two experiments."""
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
 
 
 def main(options: argparse.Namespace) -> None:
-    """Compare, in turn with whatever else writes to outputs/."""
+    """Compare, when no other process writes to outputs/."""
     with turn("compare"):
         compare([options.a, options.b])
 
 
 def compare(names: list[str]) -> None:
-    """Write compare/{compare.csv,compare.md,MODEL.png} and print the second."""
+    """Write compare/{compare.csv,compare.md,MODEL.png} and print compare.md."""
     pairs, notes = pair(*map(read_cosines, names))
-    table, known = differences(pairs), pictures()
+    table, known = differences(pairs), images()
     report = f"A is {names[0]}, B is {names[1]}.\n\n{differences_markdown(table)}"
     report += "".join(f"\n- {note}" for note in notes) + "\n" * bool(notes)
     with whole_folder(Path("outputs/compare")) as out:
         table.to_csv(out / "compare.csv", index=False)
         (out / "compare.md").write_text(report, encoding="utf-8")
         for model in models_of(pairs):
-            changed = [part.merge(known, on=KEY, how="left") for part in most_changed(pairs, model, PICTURES)]
+            changed = [part.merge(known, on=KEY, how="left") for part in most_changed(pairs, model, IMAGES)]
             if any(map(len, changed)):
                 draw_changes(out / f"{model}.png", *changed)
     print(report)

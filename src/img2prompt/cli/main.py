@@ -1,4 +1,4 @@
-"""`img2prompt`: the commands that are no stage of the pipeline."""
+"""`img2prompt`: the commands that are not stages of the pipeline."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from img2prompt.core import process
 
 COMMANDS = {
     "check": "check params.yaml",
-    "compare": "two experiments picture by picture: did it help, on which folds, and is it noise?",
+    "compare": "two experiments image by image: did it help, on which folds, and is it noise?",
     "table": "the paper's table on the data of params.yaml",
-    "search": "settings of Model A and the baseline, on inner splits of the training folds",
+    "search": "settings of Model A and of the linear baseline, on inner splits of the training folds",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; `arguments` are those of the process where none are given."""
+    """Run a command; without `arguments`, those of the process count."""
     process.settle()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="img2prompt", description="From pictures to the embeddings of their prompts.")
+    parser = argparse.ArgumentParser(prog="img2prompt", description="From images to the embeddings of their prompts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name in words[:1]:  # the modules of other commands would only cost time
+        if name in words[:1]:  # importing the other commands' modules would only cost time
             module = import_module(f"img2prompt.cli.{name}")
             command.description = module.__doc__
             module.add_arguments(command)

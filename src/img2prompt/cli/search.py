@@ -1,11 +1,11 @@
-"""Search settings of Model A and the baseline, on inner splits of the training folds.
+"""Search settings of Model A and of the linear baseline, on inner splits of the training folds.
 
-It prints what to pin in params.yaml. For every fold that is predicted, the settings are scored on another fold, trained
-on the rest: the fold itself is never looked at. Both heads get the same grids.
+It prints what to pin in params.yaml. For every held-out fold, the settings are scored on another fold after training
+on the rest, so the held-out fold itself is never used. Both heads get the same grids.
 
-    img2prompt search                               # epochs and rates
+    img2prompt search                               # epochs and learning rates
     img2prompt search ema wise --folds 0 2          # other grids, one after the other, on two folds
-    img2prompt search ema wise --apart --seeds 3    # what each alone changes, as the mean of three trainings
+    img2prompt search ema wise --apart --seeds 3    # the gain of each value alone, as the mean of three trainings
 """
 
 import argparse
@@ -29,10 +29,10 @@ from img2prompt.model_a.params import Rates
 from img2prompt.model_a.ridge import Ridge
 from img2prompt.model_a.training import predict
 
-# The values tried of each param, around what is best so far, from the values of params.yaml on.
+# The values to try of each parameter, while the others have their best values so far, at first those of params.yaml.
 GRIDS: dict[str, list[object]] = {
     "lr_head": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3],
-    "lr_tower": [1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3],  # from what a public CLIP wants to what the sample's does
+    "lr_tower": [1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3],  # from the best for a public CLIP to the best for the sample's
     "tower_epochs": [2, 3, 4, 6],
     "head_epochs": [0, 2],  # LP-FT
     "batch_size": [16, 32, 64],
@@ -44,37 +44,41 @@ GRIDS: dict[str, list[object]] = {
     "wise": [1.0, 0.8, 0.6],
     "dropout": [0.0, 0.2, 0.4],
     "weight_decay": [0.01, 0.1, 1.0],
-    "tta": [],  # against none, each view of params.yaml, and all: `embed_images` has no others
+    "tta": [],  # `search` fills in no view, each view of params.yaml, and all: `embed_images` has no others
 }
 TABLE = Path("outputs/search.csv")
 LINE = (
-    "{head}, {changed}: {score:.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}], {lowest_seed:+.4f} or up, {seconds:.1f} s"
+    "{head}, {changed}: {score:.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}], "
+    "lowest seed {lowest_seed:+.4f}, {seconds:.1f} s"
 )
 Setting = dict[str, object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to search, and on how much."""
+    """Add the arguments: what to search, and on which folds, heads, seeds and CLIP."""
     parser.add_argument("grids", nargs="*", default=list(GRIDS)[:4], metavar="grid")
     parser.add_argument("--folds", type=int, nargs="+", help="default: all")
-    parser.add_argument("--heads", nargs="+", default=["clip", "model_a"], choices=["clip", "model_a"])
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each setting")
+    parser.add_argument("--heads", nargs="+", default=["linear", "model_a"], choices=["linear", "model_a"])
+    parser.add_argument("--seeds", type=int, default=1, help="number of trainings of each setting")
     parser.add_argument("--clip", type=int, default=0, help="number of the CLIP")
     parser.add_argument("--apart", action="store_true", help="each grid around params.yaml, not around the best so far")
 
 
 def main(options: argparse.Namespace) -> None:
-    """Search, in turn with whatever else writes to outputs/."""
+    """Search, when no other process writes to outputs/."""
     with turn("search"):
         search(load_params(), options)
 
 
 def search(params: Params, asked: argparse.Namespace) -> None:
-    """Write outputs/search.csv and print it, a line a setting, and the best settings.
+    """Write outputs/search.csv and print it, one line for each setting, and the best settings.
 
-    `gain` is over the settings of params.yaml, picture by picture, with its 95% interval over groups of similar
-    prompts; `lowest_seed` is the least gain of any one seed, for the interval knows of pictures only; `seconds` is of
-    one training.
+    `gain` is over the settings of params.yaml, image by image, with its 95% interval over groups of similar
+    prompts; `lowest_seed` is the least gain of any one seed, for the interval covers the choice of images only;
+    `seconds` is the time of one training.
+
+    Raises:
+        ValueError: an unknown grid or fold, fewer than three folds, nothing unfrozen, or augmentation on.
     """
     section, ids, where = params.model_a, params.folds.ids, device()
     folds = asked.folds or ids
@@ -114,7 +118,7 @@ def search(params: Params, asked: argparse.Namespace) -> None:
         return model
 
     def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
-        values = tuple(pair for pair in setting.items() if pair[0] != "tta")  # views take no training of their own
+        values = tuple(pair for pair in setting.items() if pair[0] != "tta")  # views need no training of their own
         model, wanted = trained(kind, held_out, seed, values), splits[held_out].watched_rows
         seen = [frozen[name] for name in ("plain", *setting.get("tta", section.tta))]
         found = predict(model["tower"], model["head"], seen, wanted, section.batch_size, where)
@@ -122,11 +126,11 @@ def search(params: Params, asked: argparse.Namespace) -> None:
 
     results: list[dict[str, object]] = []
     for kind in asked.heads:
-        rates = section if kind == "model_a" else section.baseline
+        rates = section if kind == "model_a" else section.linear
         pinned: Setting = {key: getattr(rates, key) for key in Rates.model_fields}
         pinned |= {key: [] if key == "tta" else getattr(section, key) for key in sorted(set(asked.grids) - set(pinned))}
         known: dict[str, float] = {}
-        baseline: np.ndarray | None = None
+        first: np.ndarray | None = None
         best = pinned
         for name in asked.grids:
             around = pinned if asked.apart else best
@@ -141,8 +145,8 @@ def search(params: Params, asked: argparse.Namespace) -> None:
                     for seed in range(asked.seeds)
                 ])  # fmt: skip
                 seconds = (time.monotonic() - began) / len(folds) / asked.seeds
-                baseline = found if baseline is None else baseline
-                gain = found - baseline  # (seeds, pictures)
+                first = found if first is None else first
+                gain = found - first  # (seeds, images)
                 low, high = bootstrap_interval(gain.mean(axis=0), watched_group)
                 known[repr(setting)] = found.mean()
                 changes = {key: value for key, value in setting.items() if value != pinned[key]}

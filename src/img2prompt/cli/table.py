@@ -22,8 +22,8 @@ from img2prompt.report.comparison import KEY, results
 from img2prompt.report.figures import draw_results
 from img2prompt.report.scores import gain_over_best_member, markdown
 
-# What the paper has, and none of what it has not, whatever params.yaml says; the rows below the line take params.yaml
-# as it is.
+# The settings of the paper's method, without our additions, whatever params.yaml says; our rows, below the line, take
+# params.yaml as it is.
 PAPER = {
     "dedup.threshold": "0.85",
     "dedup.at_random": "false",
@@ -39,20 +39,20 @@ PAPER = {
     "ensemble.clips": "[0]",
     "ensemble.alpha": "search",
 }
-# The heads alone, on the untouched tower. Their rate is far smaller than beside a tower that changes: they start as the
-# ridge regression, which is close to the best that a linear head can do there.
+# The heads alone, on the untouched tower. Their learning rate is far smaller than beside a tower that trains: they
+# start as the ridge regression, which is close to the best that a linear head can do there.
 FROZEN = {
     f"model_a.{head}{key}": value
-    for head in ("", "baseline.")
+    for head in ("", "linear.")
     for key, value in {"head_epochs": "10", "tower_epochs": "0", "lr_head": "0.000003"}.items()
 }
-# Rows of which only the baseline is shown leave the paper's head, half of the training, where it starts.
+# Rows that show only the linear baseline hardly train the paper's head, which would take half of the time.
 BASELINE = {"model_a.head_epochs": "1", "model_a.tower_epochs": "0"}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row of the table: a model of the experiment that these settings make, and the paper's own figure."""
+class TableRow:
+    """A row of the table: a model of the experiment that these settings make, and the paper's own score."""
 
     name: str
     model: str
@@ -61,37 +61,37 @@ class Row:
 
 
 ROWS = [
-    Row("CLIP", "clip", PAPER | {"dedup.threshold": "1"}, 0.5642),
-    Row("CLIP + filter 1 (0.95)", "clip", PAPER | BASELINE | {"dedup.threshold": "0.95"}, 0.5684),
-    Row("CLIP + filter 2 (0.85)", "clip", PAPER, 0.5721),
-    Row("CLIP frozen", "clip", PAPER | FROZEN),
-    Row("CLIP tuned", "clip", PAPER),
-    Row("Model A frozen", "model_a", PAPER | FROZEN),
-    Row("Model A tuned", "model_a", PAPER, 0.5753),
-    Row("Model B text", "model_b", PAPER | {"knn.keys": "text"}),
-    Row("Model B image", "model_b", PAPER | {"knn.keys": "image"}),
-    Row("Model B both", "model_b", PAPER, 0.5531),
-    Row("Ensemble", "ensemble", PAPER, 0.5961),
+    TableRow("CLIP", "linear", PAPER | {"dedup.threshold": "1"}, 0.5642),
+    TableRow("CLIP + filter 1 (0.95)", "linear", PAPER | BASELINE | {"dedup.threshold": "0.95"}, 0.5684),
+    TableRow("CLIP + filter 2 (0.85)", "linear", PAPER, 0.5721),
+    TableRow("CLIP frozen", "linear", PAPER | FROZEN),
+    TableRow("CLIP tuned", "linear", PAPER),
+    TableRow("Model A frozen", "model_a", PAPER | FROZEN),
+    TableRow("Model A tuned", "model_a", PAPER, 0.5753),
+    TableRow("Model B text", "model_b", PAPER | {"knn.keys": "text"}),
+    TableRow("Model B image", "model_b", PAPER | {"knn.keys": "image"}),
+    TableRow("Model B both", "model_b", PAPER, 0.5531),
+    TableRow("Ensemble", "ensemble", PAPER, 0.5961),
 ]
 OURS = [
-    Row("ours: CLIP, as many rows at random", "clip", PAPER | BASELINE | {"dedup.at_random": "true"}),
-    Row("ours: ridge regression", "ridge", {}),
-    Row("ours: ensemble", "ensemble", {}),
-    Row("ours: ensemble on every row", "ensemble", {"dedup.threshold": "1"}),
+    TableRow("ours: CLIP, as many rows at random", "linear", PAPER | BASELINE | {"dedup.at_random": "true"}),
+    TableRow("ours: ridge regression", "ridge", {}),
+    TableRow("ours: ensemble", "ensemble", {}),
+    TableRow("ours: ensemble on every row", "ensemble", {"dedup.threshold": "1"}),
 ]
 NOTES = """
-- `test` and `oof` (out of fold; `std` over folds) are mean cosines on the same pictures in every row: the same folds,
+- `test` and `oof` (out of fold; `std` over folds) are mean cosines on the same images in every row: the same folds,
   the same test, out of fold the rows kept at `dedup.scored`, whatever the row trains on.
-- Differences are out of fold unless they say test, paired by picture, with a 95% bootstrap interval over groups of
+- Differences are out of fold unless they say test, paired by image, with a 95% bootstrap interval over groups of
   similar prompts. Another seed of the training would change them too; that is not in the interval.
 - On test, models trained on folds are averaged over them and Model B has the whole bank. Out of fold it is one model,
   and the bank without the fold.
 - Our reading: the paper does not define its two filters. We take dedup at cosine 0.95 and 0.85; `CLIP` trains on every
   row. Both heads start as the closed-form ridge regression. `CLIP + filter 2` and `CLIP tuned` are one run.
-- Rates and epochs are pinned. They were found on the sample, on inner splits of its training folds, on the same grids
-  for both heads; that time is not in the seconds here.
-- The sample's test repeats no training prompt, and no prompt twice. That favours filtering: rows that a filter drops
-  can only help where a test repeats them.
+- Learning rates and epochs are pinned. They were found on the sample, on inner splits of its training folds, on the
+  same grids for both heads; that time is not in the seconds here.
+- The sample's test images repeat no training prompt, and no prompt twice. That favours filtering: rows that a
+  filter drops can only help where test images repeat them.
 - `paper` is what the paper reports on its own data (arXiv 2401.06167). Nothing here was run on those data: only the
   order of the rows can be held against it.
 - `seconds`: what the row needed beyond the rows above it and beyond earlier runs, on this machine.
@@ -101,13 +101,13 @@ COLUMNS = [
     "test",
     "oof",
     "oof_std",
-    *(f"vs_{to}{end}" for to in ("above", "clip") for end in ("", "_low", "_high")),
+    *(f"vs_{to}{end}" for to in ("above", "first") for end in ("", "_low", "_high")),
 ]
 SECONDS = Path("outputs/table/seconds.json")
 DVC = [sys.executable, "-m", "dvc"]
 
 
-def name_of(row: Row) -> str:
+def name_of(row: TableRow) -> str:
     """The experiment's name: that of the first row with its settings."""
     first = next(other for other in [*ROWS, *OURS] if other.settings == row.settings)
     return "table-" + "-".join("".join(c if c.isalnum() else " " for c in first.name.lower()).split())
@@ -122,9 +122,9 @@ def forget() -> None:
 
 
 def experiment(name: str, settings: list[str]) -> bool:
-    """Run an experiment beside the workspace; whether any stage had to run."""
+    """Run an experiment beside the workspace; return whether any stage had to run. Raises ValueError where it fails."""
     command = [*DVC, "exp", "run", "--temp", "--name", name]
-    # The copy is of what git tracks, and competitions are not.
+    # DVC copies what git tracks, and the competitions' files are not tracked.
     for path in sorted(Path("input").glob("*")):
         command += [] if path.name == "README.md" else ["--copy-paths", str(path)]
     for setting in settings:
@@ -136,20 +136,20 @@ def experiment(name: str, settings: list[str]) -> bool:
             ran |= line.startswith("Running stage")
     if process.returncode:
         raise ValueError(
-            f"{name} failed, see above: {' '.join(settings)}. Finished stages are kept: mend and run again"
+            f"{name} failed, see above: {' '.join(settings)}. Finished stages are kept: fix the cause and run again"
         )
     return ran
 
 
 def cells(line: pd.Series, kind: str) -> str:
-    """A difference with its interval."""
+    """A difference with its interval as text, empty where there is none."""
     if pd.isna(line[kind]):
         return ""
     return f"{line[kind]:+.4f} [{line[f'{kind}_low']:+.4f}, {line[f'{kind}_high']:+.4f}]"
 
 
 def filter_gain(rows: dict[str, pd.DataFrame]) -> str:
-    """A line of text: what the filter is worth beside as many rows at random, which take as long to train on."""
+    """A line of text: the gain of the filter over as many rows at random, which take as long to train on."""
     filtered, at_random = (rows[row.name].set_index(KEY) for row in (ROWS[2], OURS[0]))
     gain = filtered.assign(gain=filtered.cosine - at_random.cosine.reindex(filtered.index))
     parts = []
@@ -162,34 +162,34 @@ def filter_gain(rows: dict[str, pd.DataFrame]) -> str:
 
 
 def report_of(table: pd.DataFrame) -> str:
-    """The table in Markdown."""
+    """The table of `results`, with `seconds`, in Markdown."""
     head = ["row", "test", "oof", "std", "vs above [95%]", "vs CLIP [95%]", "test, vs CLIP [95%]", "seconds", "paper"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row, (_, line) in zip([*ROWS, *OURS], table.iterrows(), strict=True):
         if row is OURS[0]:
             lines.append(["—"] * len(head))
         score = ["" if pd.isna(line.test) else f"{line.test:.4f}", f"{line.oof:.4f}", f"{line.oof_std:.4f}"]
-        gains = [cells(line, kind) for kind in ("vs_above", "vs_clip", "test_vs_clip")]
+        gains = [cells(line, kind) for kind in ("vs_above", "vs_first", "test_vs_first")]
         paper = "" if row.paper is None else f"{row.paper:.4f}"
         lines.append([row.name, *score, *gains, f"{line.seconds:.0f}", paper])
     return markdown(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Params for every row."""
+    """Add the arguments: params for every row."""
     parser.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE")
 
 
 def main(options: argparse.Namespace) -> None:
-    """Make the table, in turn with whatever else writes to outputs/."""
+    """Make the table, when no other process writes to outputs/."""
     with turn("table"):
         make(options.settings)
 
 
 def make(settings: list[str]) -> None:
-    """Write table/{table.csv,table.md,table.png,seconds.json} and print the second."""
+    """Write table/{table.csv,table.md,table.png,seconds.json} and print table.md."""
     forget()
-    # What an experiment took when its stages last ran, by its settings and result: the cache may give it for nothing.
+    # The time of an experiment when its stages last ran, by settings and result: from DVC's cache it takes none.
     known = read_json(SECONDS) if SECONDS.is_file() else {}
     cosines: dict[str, pd.DataFrame] = {}
     took: dict[str, float] = {}
@@ -209,7 +209,7 @@ def make(settings: list[str]) -> None:
         rows[row.name] = scored[[*KEY, "fold", "group"]].assign(cosine=scored[row.model].astype(float))
     table = results(rows).assign(seconds=seconds)
     ours = cosines[name_of(OURS[-1])]
-    models = [name for name in ours.columns if name.startswith(("model_", "clip", "ridge"))]
+    models = [name for name in ours.columns if name.startswith(("model_", "linear", "ridge"))]
     gains = f"{filter_gain(rows)}\n{OURS[-1].name}, {gain_over_best_member(ours, models)}"
     report = f"{report_of(table)}\n{gains}{NOTES}"
     with whole_folder(SECONDS.parent) as out:

@@ -1,1 +1,1 @@
-"""CLIP as one open_clip folder, its image tower as layers, its features."""
+"""CLIP: its open_clip folder, its image tower as a sequence of layers, and its features."""

@@ -1,4 +1,4 @@
-"""timm's EfficientNet with frozen statistics, made fast to train on a CPU: same weights, same names, same function."""
+"""timm's EfficientNet with frozen batch norm statistics, fast to train on a CPU: same weights, names and function."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from torch import Tensor, nn
 from torch.nn import functional
 
-# In which order a block's parts follow one another: convolution, norm, and what comes before the next convolution.
+# The modules of a block in order: each convolution, its batch norm, and what comes before the next convolution.
 BLOCKS = {
     DepthwiseSeparableConv: (("conv_dw", "bn1", "aa", "se"), ("conv_pw", "bn2")),
     InvertedResidual: (("conv_pw", "bn1"), ("conv_dw", "bn2", "aa", "se"), ("conv_pwl", "bn3")),
 }
-SMALL = 100  # positions; on larger maps their pairs cost more than oneDNN's gradient
+SMALL = 100  # positions of a feature map; on larger maps the pairs of positions cost more than oneDNN's gradient
 
 
 def layers(trunk: EfficientNet) -> list[nn.Module]:
-    """Its layers in order, from pixels to the pooled output: stem, blocks, head. They share the trunk's weights.
+    """The trunk's layers in order, from the image (n, 3, size, size) to the pooled output (n, d): stem, blocks, head.
 
-    Norms always use their running statistics, in training mode also.
+    They share the trunk's weights. Batch norms always use their running statistics, in training mode also.
     """
     blocks = [block for stage in trunk.blocks for block in stage]
     return [
@@ -37,7 +37,7 @@ def _known(block: nn.Module) -> bool:
 
 
 class _Row(nn.Sequential):
-    """A convolution, its norm, and anything."""
+    """A convolution, its batch norm, and any further modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, *after = self
@@ -50,7 +50,7 @@ class _Row(nn.Sequential):
 
 
 class _Block(nn.Module):
-    """One of BLOCKS."""
+    """A block of one of the types in BLOCKS, whose batch norms are folded into its convolutions."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class _Block(nn.Module):
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, norm: BatchNormAct2d) -> Tensor:
-    """norm(conv(x)), the norm folded into the convolution's weights: two passes over x less, and two over its gradient.
+    """norm(conv(x)) with the batch norm folded into the convolution: two passes over x and two over its gradient less.
 
-    The gradients of all weights are those of the two in turn.
+    The gradients of all weights are the same as those of the convolution followed by the batch norm.
     """
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
@@ -84,7 +84,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d, norm: BatchNormAct2d) -> Tensor:
 
 
 def _slow(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether `_Depthwise` is for it: oneDNN is fast at 3 x 3."""
+    """Whether `_Depthwise` is faster for this convolution; at 3 x 3, oneDNN itself is fast."""
     kernel = conv.kernel_size[0]
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size == (kernel, kernel)
     same = conv.stride == conv.dilation == (1, 1) and conv.padding == (kernel // 2, kernel // 2) and kernel % 2
@@ -94,7 +94,7 @@ def _slow(x: Tensor, conv: nn.Conv2d) -> bool:
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution whose weights' gradient is a matrix product over pairs of positions.
 
-    oneDNN's own takes two fifths of a training step: on maps of 4 x 4, some thirty times as long as this.
+    oneDNN's own gradient takes two fifths of a training step: on 4 x 4 feature maps, some thirty times as long as this.
     """
 
     @staticmethod
@@ -105,7 +105,7 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradients of x, weight and bias."""
+        """gradient (n, c, h, w) -> the gradients of x (None where it needs none), weight and bias."""
         x, weight = ctx.saved_tensors
         kernel, (c, h, w) = weight.shape[-1], x.shape[1:]
         of_x = None
@@ -113,13 +113,13 @@ class _Depthwise(torch.autograd.Function):
             of_x = functional.conv2d(gradient, weight.flip(2, 3), padding=kernel // 2, groups=c)
         out, into = (t.contiguous().flatten(2).permute(1, 2, 0) for t in (gradient, x))  # (c, positions, n)
         pairs = torch.bmm(out, into.mT).flatten(1)
-        # Which of the kernel's weights leads from one position to the other: none, or one.
+        # One-hot: the kernel's weight that connects an output position to an input position, if there is one.
         rows, columns = (_steps(size, kernel).to(x.dtype) for size in (h, w))
         leads = torch.einsum("oia,pjb->opijab", rows, columns).reshape(-1, kernel * kernel)
         return of_x, (pairs @ leads).view_as(weight), gradient.sum((0, 2, 3))
 
 
 def _steps(size: int, kernel: int) -> Tensor:
-    """(size, size, kernel) bool: from output o and input i, which of a row of weights is between them."""
+    """(size, size, kernel) bool: along one axis, the kernel's element that connects output o to input i."""
     positions = torch.arange(size)
     return (positions - positions[:, None] + kernel // 2)[:, :, None] == torch.arange(kernel)

@@ -1,4 +1,4 @@
-"""CLIP on pictures and prompts: embeddings, pooled features, and what the frozen layers hand to those that train."""
+"""CLIP on images and prompts: image and text embeddings, pooled features, and the outputs of frozen layers."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from torch.utils.data import DataLoader, Dataset
 
 from img2prompt.clip.model import Clip, view
 from img2prompt.clip.towers import project, tower, unfrozen
-from img2prompt.core.pictures import open_picture
+from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import grow
 
 
-class Pictures(Dataset):
-    """Pictures by row as CLIP's input, (3, size, size) float32; a row without picture is mid-grey.
+class Images(Dataset):
+    """The rows' images as CLIP's input, (3, size, size) float32; a row without an image gets a mid-grey one.
 
     Args:
-        references: where each row's picture is, or None.
-        transform: CLIP's own.
+        references: for each row, where its image is (as `open_image` takes it), or None.
+        transform: CLIP's own, of an RGB image.
     """
 
     def __init__(self, references: Sequence[str | None], transform: Callable[[Image.Image], Tensor]) -> None:
         self._references, self._transform = list(references), transform
 
     def __getitem__(self, key: tuple[int, int | None]) -> Tensor:
-        """Picture of `(row, epoch)`."""
+        """The transformed image of `(row, epoch)`: (3, size, size) float32."""
         return self._transform(self.look(*key))
 
     def look(self, row: int, epoch: int | None) -> Image.Image:
-        """The RGB picture of a row, the same in every epoch."""
+        """The RGB image of a row, the same in every epoch."""
         reference = self._references[row]
-        return Image.new("RGB", (64, 64), (128, 128, 128)) if reference is None else open_picture(reference)
+        return Image.new("RGB", (64, 64), (128, 128, 128)) if reference is None else open_image(reference)
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self._references)
 
     def batches(self, rows: list[np.ndarray], epoch: int | None = None) -> Iterator[Tensor]:
-        """Yield (b, 3, size, size) a batch of row numbers, read ahead by worker processes."""
+        """Yield (b, 3, size, size) float32 for each batch of row numbers; worker processes read ahead."""
         keys = [[(int(row), epoch) for row in batch] for batch in rows]
         workers = min(torch.get_num_threads(), 8) if sum(map(len, rows)) > 256 else 0
         yield from DataLoader(self, batch_sampler=keys, num_workers=workers)
 
 
 def stem(split: str, seen: str) -> str:
-    """What the names of a split's files start with: `train`, and for other views than the plain one `train_flip`."""
+    """The prefix of a split's file names: `train` for the plain view, and for another view, say, `train_flip`."""
     return split if seen == "plain" else f"{split}_{seen}"
 
 
-def embed_pictures(
+def image_features(
     clip: Clip,
     references: Sequence[str | None],
     batch_size: int,
@@ -65,32 +65,32 @@ def embed_pictures(
     keep: int,
     seen: str = "plain",
 ) -> list[Path]:
-    """Run CLIP's image tower over a view of the pictures; a killed run goes on from what is in `folder`.
+    """Run CLIP's image tower over one view of the images; a killed run resumes from what is in `folder`.
 
     Returns .npy files:
 
-    - `{split}_image`: (n, embed_dim) float32, CLIP's projected embeddings I(x), norm 1
+    - `{split}_image`: (n, embed_dim) float32, CLIP's projected image embeddings I(x), rows of norm 1
     - `{split}_pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
-    - `{split}_frozen`: (n, ...) float16, what the tower hands to its last `keep` layers; not with `keep` 0
+    - `{split}_frozen`: (n, ...) float16, the frozen layers' output, input of the last `keep` layers; not for `keep` 0
 
-    Of other views than the plain one they are called `{split}_{seen}_image` and so on.
+    For another view than the plain one, they are named `{split}_{seen}_image` and so on.
 
     Raises:
-        ValueError: the tower has fewer than `keep` layers or no such view, or a picture cannot be decoded.
+        ValueError: the tower has fewer than `keep` layers or no such view, or an image cannot be decoded.
     """
     layers = tower(clip.model.visual)
     last = unfrozen(layers, keep)
     frozen = layers[: len(layers) - keep]
-    pictures = Pictures(references, view(clip, seen))
+    images = Images(references, view(clip, seen))
     rows = [
         np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
     ]
     cuda = torch.device(device).type == "cuda"
 
     def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        batches = pictures.batches(list(left))
-        for x in progress(batches, f"CLIP on {stem(split, seen)} pictures", len(left), "batch"):
-            # no_grad and not inference_mode: under autocast the latter casts attention's weights again for every call.
+        batches = images.batches(list(left))
+        for x in progress(batches, f"CLIP on {stem(split, seen)} images", len(left), "batch"):
+            # no_grad and not inference_mode: under autocast the latter casts attention layers' weights in every call.
             with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
                 handed = frozen(x.to(device, memory_format=torch.channels_last))
                 pooled = last(handed).float()
@@ -101,10 +101,10 @@ def embed_pictures(
     return list(grow(folder / stem(split, seen), rows, run).values())
 
 
-def embed_texts(clip: Clip, prompts: Sequence[str], batch_size: int, device: str, folder: Path) -> Path:
-    """CLIP text embeddings C(p), batch by batch; a killed run goes on from what is in `folder`.
+def text_features(clip: Clip, prompts: Sequence[str], batch_size: int, device: str, folder: Path) -> Path:
+    """CLIP text embeddings C(p), batch by batch; a killed run resumes from what is in `folder`.
 
-    Returns the .npy file, (n, embed_dim) float32, rows of norm 1.
+    Returns the path of the .npy file: (n, embed_dim) float32, rows of norm 1.
     """
 
     @torch.no_grad()

@@ -22,9 +22,10 @@ from torchvision.transforms import Compose
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP in evaluation mode, with what must travel with its weights.
+    """A CLIP model in evaluation mode, with the tokenizer and the transform that belong to its weights.
 
-    `transform` turns an RGB picture of any size into a normalised (3, size, size) float32 tensor.
+    `tokenizer` turns n prompts into (n, context length) int64 tokens. `transform` turns an RGB image of any
+    size into a normalised (3, size, size) float32 tensor.
     """
 
     model: nn.Module
@@ -56,7 +57,7 @@ def save_clip(
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.tokenizer.save_pretrained(folder)
     elif not isinstance(tokenizer, SimpleTokenizer):
-        raise ValueError(f"clip.model: its {type(tokenizer).__name__} cannot be stored; take its `hf-hub:` name")
+        raise ValueError(f"clip.model: its {type(tokenizer).__name__} cannot be saved; use the model's `hf-hub:` name")
 
 
 def materialise(model: str, pretrained: str | None, image_size: int | None, folder: Path) -> None:
@@ -92,7 +93,7 @@ def load_clip(folder: Path, device: str) -> Clip:
     """Load an open_clip folder, in evaluation mode and float32."""
     name = f"local-dir:{folder}"
     model, _, _ = open_clip.create_model_and_transforms(name, device=device)
-    # A convolutional tower runs 1.6 times faster on CPU with channels last; others do not care.
+    # A convolutional tower runs 1.6 times faster on CPU with channels last; other towers run as fast either way.
     model = model.eval().to(memory_format=torch.channels_last)
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return Clip(model, open_clip.get_tokenizer(name), transform)
@@ -102,12 +103,16 @@ def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
     """CLIP's transform with one change, for test-time augmentation.
 
     Args:
-        clip: whose transform.
+        clip: the CLIP whose transform is changed.
         name: `plain`: none; `flip`: the mirror image; `smaller`, `larger`: three or five quarters of the side, in whole
-            patches; `renormalised`: ImageNet's usual 0.5 in place of CLIP's mean and deviation, or the reverse.
+            patches (of 32 pixels in a convolutional tower); `renormalised`: mean and standard deviation 0.5 in place of
+            OpenAI's for CLIP, or the reverse.
+
+    Returns:
+        What turns an RGB image into (3, side, side) float32.
 
     Raises:
-        ValueError: the tower takes pictures of one size only, and the view has another.
+        ValueError: the tower takes images of one size only, and the view has another.
     """
     visual = clip.model.visual
     preprocess = PreprocessCfg(**visual.preprocess_cfg)
@@ -121,7 +126,7 @@ def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
         vision = isinstance(visual, VisionTransformer)
         if not vision and (not hasattr(visual, "trunk") or hasattr(visual.trunk, "patch_embed")):
             raise ValueError(
-                f"model_a.tta: {name}: this CLIP's tower takes pictures of one size only; leave the view out"
+                f"model_a.tta: {name}: this CLIP's tower takes images of one size only; leave the view out"
             )
         step = visual.patch_size[0] if vision else 32
         patches = visual.image_size[0] / step

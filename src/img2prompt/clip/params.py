@@ -18,7 +18,7 @@ class SampleClip(Section):
 
 
 class ClipParams(Section):
-    """Which CLIP, or several; of `pretrained` and `image_size` one for all or one each."""
+    """Which CLIP models are used; `pretrained` and `image_size` hold one value for all of them, or one for each."""
 
     model: str | Annotated[list[str], Field(min_length=1)]
     pretrained: str | list[str | None] | None
@@ -27,7 +27,7 @@ class ClipParams(Section):
 
     @property
     def models(self) -> list[tuple[str, str | None, int | None]]:
-        """Name, tag of the weights and size of every CLIP, in order: number 0, 1, ... in outputs."""
+        """Name, tag of the weights and image size of every CLIP; its place from 0 is its number in outputs/."""
         names = self.model if isinstance(self.model, list) else [self.model]
         tags, sizes = (
             value if isinstance(value, list) else [value] * len(names) for value in (self.pretrained, self.image_size)
@@ -47,6 +47,6 @@ class ClipParams(Section):
 
 
 class EmbedImagesParams(Section):
-    """How CLIP is run over pictures and prompts."""
+    """How CLIP is run over images and prompts."""
 
     batch_size: Count

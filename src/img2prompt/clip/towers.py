@@ -1,4 +1,4 @@
-"""CLIP's image tower as an ordered row of layers."""
+"""CLIP's image tower as a sequence of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from img2prompt.clip import efficientnet
 
 
 class _Embed(nn.Module):
-    """A vision transformer's way into its blocks."""
+    """A vision transformer's layer before its blocks: patch, class and position embeddings, and the first LayerNorm."""
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
@@ -22,9 +22,9 @@ class _Embed(nn.Module):
         self.positional_embedding = visual.positional_embedding
         self.grid = visual.grid_size
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """(n, 3, size, size) -> (n, 1 + patches, width); for another size, positions are interpolated."""
-        patches = self.conv1(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, size, size) -> (n, 1 + patches, width); position embeddings are interpolated for another size."""
+        patches = self.conv1(images)
         position = resample_abs_pos_embed(self.positional_embedding[None], patches.shape[-2:], self.grid)
         first = self.class_embedding.expand(len(patches), 1, -1).to(patches.dtype)
         tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
@@ -32,7 +32,7 @@ class _Embed(nn.Module):
 
 
 class _Pool(nn.Module):
-    """A vision transformer's way out of its blocks."""
+    """A vision transformer's layer after its blocks: pooling and the last LayerNorm."""
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class _Pool(nn.Module):
 def tower(visual: nn.Module) -> nn.Sequential:
     """The image tower as layers in order, from pixels to the pooled output V(x) before CLIP's projection.
 
-    One order serves freezing, caching what frozen layers give, and layer-wise rates. The layers are shared with
-    `visual`, not copied. Vision transformers and timm's EfficientNets come apart block by block; any other
-    tower is a single layer.
+    The same order serves freezing, caching the outputs of frozen layers, and layer-wise learning rates. The layers
+    are shared with `visual`, not copied. Vision transformers and timm's EfficientNets are split block by block; any
+    other tower is a single layer.
 
     Returns:
         A `nn.Sequential` that maps (n, 3, size, size) to (n, d).
@@ -74,7 +74,7 @@ def project(visual: nn.Module, pooled: Tensor) -> Tensor:
 
 @torch.no_grad()
 def projection(visual: nn.Module, width: int) -> Tensor:
-    """The matrix (width, embed_dim) of `project`, without its constant.
+    """The matrix of `project`, without its bias: (width, embed_dim) float32.
 
     Raises:
         ValueError: the projection is not linear.

@@ -1,1 +1,1 @@
-"""What every room stands on: files, params, progress, images, rows, the metric."""
+"""Shared by all other packages: files, parameters, progress, images, rows, the metric."""

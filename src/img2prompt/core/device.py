@@ -1,4 +1,4 @@
-"""Where tensors live: CUDA where it is, the CPU elsewhere; IMG2PROMPT_DEVICE overrides."""
+"""The torch device: CUDA where it is available, else the CPU; the variable IMG2PROMPT_DEVICE overrides the choice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def device() -> str:
-    """The torch device to use; on CUDA, deterministic kernels are switched on."""
+    """The torch device to use; on any but the CPU, deterministic kernels are switched on."""
     name = os.environ.get("IMG2PROMPT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,4 @@
-"""The score: cosine similarity (eq. 7), its mean over pictures (eq. 8), and how far to trust that mean."""
+"""The score: cosine similarity (eq. 7), its mean over images (eq. 8), and a bootstrap interval around that mean."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,14 +33,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Raises ValueError when the shapes differ or a row is all zeros or not finite.
     """
     a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.ndim != 2:  # einsum would broadcast a single row without a word
+    if a.shape != b.shape or a.ndim != 2:  # einsum would broadcast a single row silently
         raise ValueError(f"cosine compares row by row: shapes {a.shape} and {b.shape} are not two equal (n, d)")
     return np.einsum("ij,ij->i", a, b, dtype=np.float64) / (_norms(a) * _norms(b))
-
-
-def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Avg-CosSim of (n, d) and (n, d), eq. 8: the mean of `cosine`."""
-    return float(cosine(a, b).mean())
 
 
 def bootstrap_interval(
@@ -50,7 +45,9 @@ def bootstrap_interval(
 
     With groups (m,), whole groups are drawn: rows that resemble each other are no independent evidence, and
     drawing them one by one would make the interval too narrow. For two models, pass the differences of their
-    paired values. One group alone tells nothing about the spread: (nan, nan). No values at all: ValueError.
+    paired values. One group alone tells nothing about the spread and gives (nan, nan).
+
+    Raises ValueError when there are no values.
     """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):

@@ -1,4 +1,4 @@
-"""What every section of params.yaml is made of."""
+"""The base class of the sections of params.yaml, and the types of their values."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Layers = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A section of params.yaml: unknown keys and quiet conversions are errors."""
+    """A section of params.yaml: unknown keys and implicit conversions of types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def with_numbers(value: object) -> object:
-    """Turn text such as `1e-3` into the float that its author meant."""
+    """Turn text such as `1e-3`, which YAML does not read as a number, into a float; also inside dicts and lists."""
     if isinstance(value, dict):
         return {key: with_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -35,6 +35,6 @@ def with_numbers(value: object) -> object:
 
 
 def key_of(location: tuple[str | int, ...]) -> str:
-    """`('knn', 'k', 'constrained-int')` -> `knn.k`: pydantic adds the names of a union's branches."""
+    """The params.yaml key of a pydantic error: `('knn', 'k', 'constrained-int')` -> `knn.k`, without union branches."""
     keys = [str(part) for part in location if isinstance(part, int) or part.isidentifier()]
     return ".".join(keys[:2]) if location and location[0] in {"clip", "knn", "ensemble"} else ".".join(keys)

@@ -1,4 +1,4 @@
-"""The process of a stage or a command: its threads, its end with whoever started it, its turn, its errors."""
+"""The process of a stage or a command: its threads, the lock on outputs/, its errors, and its end with its parent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 
 def settle() -> None:
-    """Set what libraries read when they are imported: call it before numpy and torch are.
+    """Set the environment variables that numpy and torch read on import; call it before they are imported.
 
-    Sums depend on the number of threads, so it is not left to what a shell happens to export. IMG2PROMPT_THREADS is for
-    machines that are shared.
+    Floating-point sums depend on the number of threads, so it is set here and not left to what a shell happens to
+    export. IMG2PROMPT_THREADS overrides the number of cores, for machines that are shared.
     """
     threads = os.environ.get("IMG2PROMPT_THREADS") or str(os.cpu_count() or 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
@@ -30,13 +30,13 @@ def settle() -> None:
 
 @contextlib.contextmanager
 def turn(name: str) -> Iterator[None]:
-    """Do what the block does when no other process of the project writes to outputs/, and report time and peak memory.
+    """Run the block once no other process of the project writes to outputs/, and report time and peak memory.
 
-    Ends the process with one line where the block raises a ValueError or an OSError, and with status 130 where it is
-    interrupted.
+    Ends the process with a short message where the block raises a ValueError or an OSError, and with status 130 where
+    it is interrupted.
     """
     gc.enable()
-    gc.freeze()  # what is imported stays to the end, and then need not be taken apart
+    gc.freeze()  # imported objects stay until the end: the garbage collector need not visit them
     Path("outputs").mkdir(exist_ok=True)
     start = time.monotonic()
     with Path("outputs/.lock").open("w") as lock:
@@ -56,8 +56,8 @@ def turn(name: str) -> Iterator[None]:
 
 
 class Watch(threading.Thread):
-    """Ends this process when the one that started it is gone: nobody else would, and the next `dvc repro` starts the
-    stage again.
+    """A thread that ends this process when its parent is gone: otherwise the stage would go on, and the next
+    `dvc repro` would start it again.
     """
 
     def __init__(self) -> None:
@@ -65,13 +65,13 @@ class Watch(threading.Thread):
         self._parents = _parents()
 
     def run(self) -> None:
-        """Look twice a second."""
+        """Check twice a second whether the parent is gone."""
         while not self._orphaned():
             time.sleep(0.5)
         os._exit(1)
 
     def _orphaned(self) -> bool:
-        """Whether dvc is gone; also if it went before this process could look: then its parent is in another group."""
+        """Whether dvc is gone, even if it ended before the first check: then the parent is in another process group."""
         parents = _parents()
         try:
             strangers = any(os.getpgid(pid) != os.getpgrp() for pid in parents)
@@ -81,8 +81,8 @@ class Watch(threading.Thread):
 
 
 def _parents() -> list[int]:
-    """The process that started this one, and where that is only a shell between, the one that started the shell."""
-    import psutil  # stages alone need it
+    """The id of the parent process and, where that is only a shell in between, also of the shell's parent."""
+    import psutil  # only stages need it
 
     parent = psutil.Process().parent()
     if parent is None:

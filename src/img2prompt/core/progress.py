@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
-def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> tqdm:
-    """Wrap `items` in a bar named `what`."""
+def progress(items: Iterable | None, what: str, total: int | None = None, unit: str = "it") -> tqdm:
+    """Wrap `items` in a bar labelled `what`; with None for `items`, the caller updates the bar."""
     live = sys.stderr.isatty()
     return tqdm(
         items,

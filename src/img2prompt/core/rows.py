@@ -1,4 +1,4 @@
-"""The tables of rows that `prepare` leaves and the other stages read."""
+"""The tables of rows that `prepare` writes and the other stages read."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TEXTS = pa.schema(dict.fromkeys(("id", "source", "prompt"), pa.string()))
-ROWS = pa.schema(dict.fromkeys(("id", "source", "picture", "prompt"), pa.string()) | {"fold": pa.int64()})
+ROWS = pa.schema(dict.fromkeys(("id", "source", "image", "prompt"), pa.string()) | {"fold": pa.int64()})
 
 
 class Row(NamedTuple):
-    """A usable row. `prompt` is None where it is unknown, `picture` where a test picture cannot be read."""
+    """A usable row. `prompt` is None where it is unknown, `image` where a test image cannot be read."""
 
     id: str
     source: str
-    picture: str | None
+    image: str | None
     prompt: str | None
     fold: int | None = None
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None, some: int | None = None) -> pd.DataFrame:
-    """Read a table of rows, or some of its columns; unknown prompts, pictures and folds are None.
+    """Read a table of rows, or some of its columns, as objects; unknown prompts, images and folds are None.
 
-    With `some` at most that many rows, evenly spread.
+    With `some`, at most that many rows are read, evenly spaced.
     """
     arrow = pq.read_table(path, columns=columns)
     if some:

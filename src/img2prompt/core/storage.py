@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and digests of what a result depends on."""
+"""Atomic writing of files, computations that resume after a kill, and digests of what a result depends on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# What a killed run goes on from; no stage's output, ignored by git and DVC.
+# Where a killed run finds its partial results; not an output of a stage, ignored by git and DVC.
 RESUME = Path("outputs/.resume")
 
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """Yield a path to write `target` at, a file or a folder; it is renamed into place when the block ends well.
+    """Yield a path to write to, as a file or a folder; it is renamed to `target` when the block ends without an error.
 
-    An interruption leaves the former `target`, or none; never half of one. After an error what was written is
-    removed: a disk that is full gets its space back.
+    An interruption leaves the former `target` or none, never a partial one. After an error what was written is
+    removed, so that a full disk gets its space back.
     """
     aside = target.with_name(f"{target.name}.partial")  # git and DVC ignore the name
     _remove(aside)
@@ -43,7 +43,7 @@ def whole(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """`whole` for a folder, which is made empty."""
+    """As `whole`, for a folder, which is created empty."""
     with whole(target) as aside:
         aside.mkdir()
         yield aside
@@ -64,7 +64,7 @@ def _sync(path: Path) -> None:
 
 
 def resume_folder(name: str, *parts: str | bytes | Path | np.ndarray) -> Path:
-    """A folder below RESUME for what `parts` lead to, see `digest`; what others led to under that name is removed."""
+    """The folder of RESUME/`name` for the `digest` of `parts`; the folders of other digests there are removed."""
     folder = RESUME / name / digest(*parts)
     for stale in folder.parent.glob("*"):
         if stale != folder:
@@ -79,28 +79,28 @@ def grow(
     results: Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray]]],
     seconds: float = 10,
 ) -> dict[str, Path]:
-    """Compute arrays batch by batch into .npy files of a folder; after a kill go on near where it was.
+    """Compute arrays batch by batch into .npy files of a folder; after a kill, resume from the last safe state.
 
     Args:
-        folder: of the files NAME.npy, and of what tells how far they are; the same batches and results lead there.
-        batches: what to compute, each as long as its rows.
-        results: given the batches that are left, yields for each the arrays (rows, ...) by name, always the same names.
+        folder: for the files NAME.npy and the safe state; use one folder for the same batches and results only.
+        batches: the inputs; the length of each is the number of its rows.
+        results: given the remaining batches, yields for each the arrays (rows, ...) by name, always the same names.
         seconds: from one safe state to the next.
 
     Returns:
-        The files by name, whole.
+        The finished files by name.
     """
     state = folder / "grown.json"
     folder.mkdir(parents=True, exist_ok=True)
     done, sizes = read_json(state).values() if state.is_file() else (0, {})
     paths = {name: folder / f"{name}.npy" for name in sizes}
     if any(not path.is_file() or path.stat().st_size < sizes[name] for name, path in paths.items()):
-        done, sizes = 0, {}  # a stage had begun to take them away
+        done, sizes = 0, {}  # a stage had begun to remove them
     total = sum(map(len, batches))
     files: dict[str, BinaryIO] = {}
     try:
         for name, size in sizes.items():
-            # What came after the last safe state may be anything.
+            # What was written after the last safe state may be incomplete.
             files[name] = (folder / f"{name}.npy").open("r+b")
             files[name].truncate(size)
             files[name].seek(size)
@@ -127,24 +127,24 @@ def grow(
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
-    """Write JSON with a fixed layout, so that equal values are equal bytes."""
+    """Write JSON with a fixed layout, so that equal values give equal bytes; ValueError for NaN and infinity."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
-    """Read JSON."""
+    """Read JSON; ValueError where the file holds none."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def room(name: str) -> Path:
-    """The folder of one of the library's rooms: its `digest` changes with the code in it."""
+    """The folder of one of img2prompt's packages: its `digest` changes with the code in it."""
     return Path(__file__).resolve().parent.parent / name
 
 
 def digest(*parts: str | bytes | Path | np.ndarray) -> str:
     """SHA-256, in hex, of texts, bytes, arrays (dtype, shape and values), files' contents, folders' names and contents.
 
-    What Python leaves beside its code does not count.
+    Python's caches (__pycache__) in a folder do not count.
     """
     total = hashlib.sha256()
     for part in parts:

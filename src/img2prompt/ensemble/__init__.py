@@ -1,1 +1,1 @@
-"""The members' mix (eq. 6) and its weights."""
+"""The ensemble (eq. 6), its members and their weights, and the constant prediction."""

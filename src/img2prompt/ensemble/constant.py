@@ -1,4 +1,4 @@
-"""The best answer that looks at no picture."""
+"""The best constant prediction, the same for every image."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from img2prompt.core.metric import unit
 def constant(
     targets: np.ndarray, fold: np.ndarray, fold_ids: Sequence[int], kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best answer that looks at no picture: the mean direction of the prompts, kept (n,) rows only.
+    """The best constant prediction: the mean direction of the targets (n, d) of the kept rows, (n,) bool.
 
-    For the train rows (n, d), the mean over the other folds; for any test row (d,), over all folds. Norm 1.
-    Maximises eq. 8 among constants where the targets (n, d) have norm 1.
+    For the train rows (n, d), the mean is over the other folds; for any test row (d,), over all folds. Both have norm 1
+    and the targets' dtype. Among constants they maximise eq. 8 where the targets have norm 1. Raises ValueError where
+    no kept rows are left for a mean, or they cancel.
     """
-    predictions = np.full_like(targets, np.nan)  # which no score accepts, should a fold be missing here
+    predictions = np.full_like(targets, np.nan)  # a fold missing from fold_ids stays NaN, which no score accepts
     for held_out in fold_ids:
         predictions[fold == held_out] = _mean_direction(targets[kept & (fold != held_out)])
     return predictions, _mean_direction(targets[kept])

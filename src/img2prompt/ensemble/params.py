@@ -10,18 +10,18 @@ from img2prompt.core.params import Section, Share
 
 
 class EnsembleParams(Section):
-    """Who is in the mix, of which CLIPs, and what share of the weights Model A's family has."""
+    """Which models of which CLIPs are in the ensemble, and the share of the weights that Model A's family has."""
 
-    members: Annotated[list[Literal["model_a", "clip", "ridge", "model_b"]], Field(min_length=2)]
+    members: Annotated[list[Literal["model_a", "linear", "ridge", "model_b"]], Field(min_length=2)]
     clips: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Literal["all"]
     alpha: Share | Literal["search"]
 
     @model_validator(mode="after")
     def _both_families(self) -> Self:
         if len(set(self.members)) < len(self.members):
-            raise ValueError("members names one twice")
+            raise ValueError("members names a model twice")
         if self.clips != "all" and len(set(self.clips)) < len(self.clips):
-            raise ValueError("clips names one twice")
+            raise ValueError("clips names a CLIP twice")
         if "model_b" not in self.members:
             raise ValueError("members lacks model_b: alpha weighs the others, Model A's family, against it")
         return self

@@ -18,10 +18,10 @@ NOTHING = 1e-6  # a weight below it is the optimiser's rounding of 0
 def mix(members: Sequence[np.ndarray], weights: np.ndarray | Sequence[float]) -> np.ndarray:
     """The weighted sum, eq. 6, of members (n, d) that are scaled to norm 1 first: (n, d), norm 1.
 
-    Without the scaling, the longest member would outweigh the others whatever the weights say. A member of weight 0
-    is not looked at. Raises ValueError where a row is all zeros, not finite, or the members cancel.
+    Without the scaling, the member of the largest norm would outweigh the others whatever the weights are. A member
+    of weight 0 is not looked at. Raises ValueError where a row is all zeros, not finite, or the members cancel.
     """
-    # Python's floats leave float32 members float32.
+    # Weights as Python floats keep float32 members float32.
     return unit(sum(float(weight) * unit(x) for x, weight in zip(members, weights, strict=True) if weight))
 
 
@@ -37,7 +37,7 @@ class Cosines:
 
     @classmethod
     def between(cls, members: Sequence[np.ndarray], targets: np.ndarray) -> Cosines:
-        """Of members (n, d) and targets (n, d), in one pass."""
+        """The cosines of members and targets, (n, d) each; ValueError for a row that is all zeros or not finite."""
         to_target = np.stack([cosine(member, targets) for member in members], axis=1)
         gram = np.ones((len(targets), len(members), len(members)))
         for i in range(len(members)):
@@ -46,15 +46,15 @@ class Cosines:
         return cls(to_target, gram)
 
     def __getitem__(self, rows: np.ndarray) -> Cosines:
-        """Those of some rows: a mask or indices."""
+        """The cosines of some rows, given as a mask or as indices."""
         return Cosines(self.to_target[rows], self.gram[rows])
 
     def bagged(self, spread: np.ndarray) -> Cosines:
-        """What to expect where each member is the mean of several models like the one that these cosines are of.
+        """The expected cosines where each member becomes the mean of several models like the single one it is here.
 
-        spread (m, m): see the function of this name. The mean of models at norm 1 has the same expected dot product
-        with the target as one of them; with another member's mean, less by what they share within a fold. It is
-        shorter than 1, so at norm 1 again it is nearer to both. No target is needed to know it.
+        spread (m, m): the result of the function `spread`. The mean of models that have norm 1 has the same expected
+        dot product with the target as one of them. Its dot product with another member's mean is less by their
+        covariance over folds. Its norm is below 1, so scaled to norm 1 it is nearer to both. No target is needed.
         """
         norms = np.sqrt(1 - np.diag(spread))
         return Cosines(self.to_target / norms, (self.gram - spread) / np.outer(norms, norms))
@@ -64,7 +64,7 @@ class Cosines:
         return self.to_target @ weights / np.sqrt(self._squared_norms(weights))
 
     def loss(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
-        """Minus the mean of `of_mix`, and its gradient (m,)."""
+        """Minus the mean of `of_mix`, and its gradient (m,) with respect to the weights."""
         squared = self._squared_norms(weights)
         inverse = 1 / np.sqrt(squared)
         scores = self.to_target @ weights * inverse
@@ -73,17 +73,17 @@ class Cosines:
 
     def _squared_norms(self, weights: np.ndarray) -> np.ndarray:
         squared = self.gram.reshape(len(self.gram), -1) @ np.outer(weights, weights).ravel()
-        # Members that point opposite ways may cancel: there w.c is 0 too, and so is the score of a missing
-        # direction.
+        # Members that point in opposite directions may cancel. Then w.c is 0 too, and so is the score of a row
+        # that has no direction.
         return np.maximum(squared, 1e-12)
 
 
 def spread(members: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """How the models behind each pair of members differ together: (m, m), the covariance over folds, mean over rows.
+    """The covariance over folds of the models of each pair of members, as a mean over rows: (m, m) float64.
 
-    members: for each its models' predictions (n, d), norm 1, in the order of the folds; a member that is one model is
-    a list of one, and its row is 0. Predictions that are all the same give 0; a member's own entry is
-    1 - |mean of its models|**2.
+    members: for each member, its models' predictions (n, d), rows of norm 1, in the order of the folds; a member that
+    is a single model is a list of one, and its row and column are 0. Models whose predictions are all the same give 0;
+    a member's own entry is 1 - |mean of its models|**2.
     """
     means = [np.mean(models, axis=0, dtype=np.float64) for models in members]
     found = np.zeros((len(members), len(members)))
@@ -104,14 +104,14 @@ def search_weights(
 ) -> np.ndarray:
     """The weights (m,) on the simplex whose `mix` has the best mean cosine: none below 0, their sum 1.
 
-    With family (m,) bool and alpha in [0, 1], the weights of that family sum to alpha. Scipy's SLSQP climbs with the
-    exact gradient, from equal weights and from near each member alone (with `start`, from there only); of equally
-    good ends the first counts, so where the data are silent, members count alike. Deterministic.
+    With family (m,) bool and alpha in [0, 1], the weights of that family sum to alpha. Scipy's SLSQP optimises with
+    the exact gradient, from equal weights and from near each member alone (with `start`, from there only). Of equally
+    good results the first counts, so where the data do not decide, the weights are equal. Deterministic.
     Raises ValueError where there are no rows, or alpha asks for weight on a family without members.
     """
     n, m = cosines.to_target.shape
     if not n:
-        raise ValueError("no rows to search weights on: some must be scored, and outside the fold in question")
+        raise ValueError("no rows to search weights on: some rows outside the held-out fold must be scored")
     parts = [(np.ones(m, dtype=bool), 1.0)]
     if alpha is not None:
         parts = [(family, alpha), (~family, 1 - alpha)]
@@ -134,7 +134,7 @@ def search_weights(
             cosines.loss, weights, jac=True, method="SLSQP", bounds=[(0.0, limit) for limit in upper],
             constraints=shares, options={"ftol": 1e-13, "maxiter": 300},
         ).x  # fmt: skip
-        # Where it began is the answer if the climb led nowhere, as it does where all weights are given.
+        # The start counts too: where the constraints fix all weights, the optimiser finds nothing better.
         for candidate in (weights, onto_simplex(found)):
             loss = cosines.loss(candidate)[0]
             if loss < best_loss - TIE:
@@ -143,10 +143,10 @@ def search_weights(
 
 
 def alpha_curve(cosines: Cosines, family: np.ndarray) -> pd.DataFrame:
-    """The best mean cosine at each of 101 shares of a family (m,) bool of the members: `alpha`, `score`."""
+    """The best mean cosine at each of 101 shares of a family (m,) bool of the members: columns `alpha`, `score`."""
     rows, weights = [], None
     for alpha in np.arange(101) / 100:
-        weights = search_weights(cosines, family, alpha, weights)  # from the neighbour's on: the same hill
+        weights = search_weights(cosines, family, alpha, weights)  # the optimum of the last alpha is near this one
         rows.append((alpha, -cosines.loss(weights)[0]))
     return pd.DataFrame(rows, columns=["alpha", "score"])
 
@@ -160,9 +160,9 @@ def cross_fitted(
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """The ensemble's cosine with each target (n,), and each fold's weights, found on the scored rows of other folds.
 
-    Weights that were searched on the very rows they are scored on would flatter the ensemble.
-    fold (n,) int; scored (n,) bool; family and alpha as in `search_weights`. Every row gets its cosine, only scored
-    rows choose.
+    Weights that were searched on the very rows they are scored on would overestimate the ensemble.
+    fold (n,) int; scored (n,) bool; family, alpha and errors as in `search_weights`. Every row gets its cosine, but
+    only scored rows take part in the search.
     """
     found, weights = np.empty(len(fold)), {}
     for held_out in np.unique(fold).tolist():

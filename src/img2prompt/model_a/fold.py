@@ -1,4 +1,4 @@
-"""A training of Model A that never sees some of the folds: the rows, where both heads start, what comes out."""
+"""Training of Model A with held-out folds: its rows, its features, and the start of both heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from img2prompt.clip.features import Pictures, stem
+from img2prompt.clip.features import Images, stem
 from img2prompt.clip.model import Clip, load_clip, view
 from img2prompt.clip.towers import projection, tower, unfrozen
 from img2prompt.core.rows import read_rows
@@ -25,21 +25,21 @@ from img2prompt.model_a.training import train
 
 @dataclass(frozen=True)
 class TrainRows:
-    """What is known of the n train rows and of the t prompts without pictures, whichever CLIP looks at them."""
+    """The data of the n train rows and of the t prompts without images that are the same for every CLIP."""
 
-    targets: np.ndarray  # (copies, n, 384) float32, norm 1; the first copy is of the prompts as they are
+    targets: np.ndarray  # (copies, n, 384) float32, norm 1; the first copy is of the unaugmented prompts
     fold: np.ndarray  # (n,) int64
     group: np.ndarray  # (n,) int64, equal for similar prompts
-    kept: np.ndarray  # (n,) bool: may train
-    scored: np.ndarray  # (n,) bool: counts for scores
+    kept: np.ndarray  # (n,) bool: may be trained on
+    scored: np.ndarray  # (n,) bool: counts in the scores
     prompt: np.ndarray  # (n,) int64, equal for equal prompts
     texts_targets: np.ndarray  # (t, 384) float32, norm 1
-    texts_kept: np.ndarray  # (t,) bool: may train
-    texts_near: np.ndarray  # (t, folds) bool: has a prompt of the fold near; folds in ascending order
+    texts_kept: np.ndarray  # (t,) bool: may be trained on
+    texts_near: np.ndarray  # (t, folds) bool: is near a prompt of the fold; folds in ascending order
 
     @classmethod
     def read(cls, outputs: Path) -> TrainRows:
-        """Read what the stages left in a folder of outputs."""
+        """Read the stages' files in a folder of outputs."""
         prompts = outputs / "embed_prompts"
         targets = np.load(prompts / "train.npy")
         table = pd.read_parquet(outputs / "folds/folds.parquet")
@@ -52,24 +52,24 @@ class TrainRows:
             prompt=pd.factorize(read_rows(outputs / "prepare/train.parquet", ["prompt"]).prompt)[0],
             texts_targets=np.load(prompts / "texts.npy"),
             texts_kept=np.load(outputs / "dedup/texts_kept.npy"),
-            texts_near=np.load(outputs / "folds/texts.npy"),
+            texts_near=np.load(outputs / "folds/texts_near.npy"),
         )
 
 
 @dataclass(frozen=True)
 class Features:
-    """One CLIP's view of pictures and prompts, and the layers of its tower that train."""
+    """One CLIP's features of images and prompts, and its image tower."""
 
-    clip: Clip  # untouched, on the CPU
-    layers: nn.Sequential  # of its tower, in order
-    unfreeze: int  # so many of the last of them train
+    clip: Clip  # as loaded and never trained, on the CPU
+    layers: nn.Sequential  # all layers of its image tower, in order
+    unfreeze: int  # how many of the last layers train
     outputs: Path
-    number: int  # of the CLIP
-    views: Sequence[str]  # the plain one first
+    number: int  # the CLIP's, in outputs
+    views: Sequence[str]  # of `clip.model.view`, the plain one first
 
     @classmethod
     def read(cls, outputs: Path, number: int, section: ModelAParams) -> Features:
-        """Load a CLIP from a folder of outputs; what it made of pictures stays on disk until it is asked for."""
+        """Load a CLIP from a folder of outputs; its features of images are read only when they are asked for."""
         clip = load_clip(outputs / f"clip/{number}", "cpu")
         views = ("plain", *section.tta)
         return cls(clip, tower(clip.model.visual), section.layers(number), outputs, number, views)
@@ -81,26 +81,24 @@ class Features:
 
     @cached_property
     def pooled(self) -> np.ndarray:
-        """V(x) of the train pictures by the untouched tower: (n, d) float32."""
+        """V(x) of the train images by the untouched tower: (n, d) float32."""
         return np.load(self._embedded / "train_pooled.npy")
 
     def stored_pooled(self, split: str) -> list[Inputs]:
-        """V(x) of every view of a split's pictures."""
+        """The stored V(x) of a split's images, (b, d) a batch: an item for each view."""
         return self._stored(split, "pooled")
 
     def inputs(self, split: str, augmentation: Augmentation, seed: int, device: str) -> list[Inputs]:
-        """What feeds the layers that train, of every view of a split's pictures."""
+        """The inputs of the layers that train, one item for each view of a split; `seed`: of the augmentation."""
         if not augmentation.on:
             return self._stored(split, "frozen" if self.unfreeze else "pooled")
         frozen = self.layers[: len(self.layers) - self.unfreeze]
-        references = read_rows(self.outputs / f"prepare/{split}.parquet").picture
-        drawn: list[Pictures] = [
-            Augmented(references, view(self.clip, seen), augmentation, seed) for seen in self.views
-        ]
-        return [Drawn(pictures, frozen, device) for pictures in drawn]
+        references = read_rows(self.outputs / f"prepare/{split}.parquet").image
+        drawn: list[Images] = [Augmented(references, view(self.clip, seen), augmentation, seed) for seen in self.views]
+        return [Drawn(images, frozen, device) for images in drawn]
 
     def text_prior(self, rows: TrainRows, training: np.ndarray, unseen: Sequence[int]) -> TextPrior:
-        """What the prompts of training rows say, and those without pictures but for any near a prompt of folds unseen.
+        """The prior from training rows' prompts and from prompts without images, but none near a prompt of `unseen`.
 
         Raises:
             ValueError: CLIP's projection is not linear.
@@ -123,10 +121,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Fold:
-    """Which rows train, which are unseen, and which of these are watched.
+    """Which rows train, which folds are held out, and which of these is watched.
 
-    `unseen` lists the folds that nothing here learns from. `watched` is the one of them whose scored rows tell how good
-    the training is: for the predictions of a fold the fold itself, for a search another one beside it.
+    `unseen` lists the held-out folds: nothing here learns from them. `watched` is the one of them whose scored rows
+    measure the training: for a fold's out-of-fold predictions the fold itself, for a search another held-out fold.
     """
 
     rows: TrainRows
@@ -136,16 +134,20 @@ class Fold:
 
     @property
     def training_rows(self) -> np.ndarray:
-        """The rows that train: kept, and in none of the folds unseen."""
+        """The rows that train, (m,) int64: kept, and in no held-out fold."""
         return np.flatnonzero(self.rows.kept & ~np.isin(self.rows.fold, self.unseen))
 
     @property
     def watched_rows(self) -> np.ndarray:
-        """The scored rows of the fold that is watched."""
+        """The scored rows of the fold that is watched, (w,) int64."""
         return np.flatnonzero(self.rows.scored & (self.rows.fold == self.watched))
 
     def start(self, pretrain: bool) -> Ridge:
-        """The ridge regression that both heads start as, with the text prior or without."""
+        """The ridge regression that both heads start as; `pretrain`: with the text prior.
+
+        Raises:
+            ValueError: `pretrain`, and CLIP's projection is not linear.
+        """
         training = self.training_rows
         prior = self.features.text_prior(self.rows, training, self.unseen) if pretrain else None
         pooled, targets = (torch.from_numpy(x[training]) for x in (self.features.pooled, self.rows.targets[0]))
@@ -165,15 +167,15 @@ class Fold:
     ) -> tuple[nn.ModuleDict, pd.DataFrame]:
         """Train a copy of the tower's last layers with a head.
 
-        Args: as `training.train`; with `watch` the history scores the rows that are watched.
+        Args: as `training.train`; with `watch` the history has the scores of the watched rows.
 
         Returns:
-            `tower` and `head`, trained, and the history.
+            The trained `tower` and `head`, and the history.
         """
         last = self.features.last
         head, history = train(
             kind, start, self.features.pooled, inputs, last, self.rows.targets, self.training_rows,
             self.watched_rows if watch else np.empty(0, np.int64), settings, rates, seed, device, resume,
-            np.where(np.isin(self.rows.fold, self.unseen), -1, self.rows.prompt) if settings.any_picture else None,
+            np.where(np.isin(self.rows.fold, self.unseen), -1, self.rows.prompt) if settings.any_image else None,
         )  # fmt: skip
         return nn.ModuleDict({"tower": last, "head": head}), history

@@ -1,4 +1,4 @@
-"""The heads: the paper's (eq. 1-3) and one linear layer."""
+"""The heads: the paper's (eq. 1-3) and the linear baseline's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from img2prompt.model_a.ridge import Ridge
 
 
 class Wide(nn.Module):
-    """A hidden layer beside the output (the competition's 1st place: 16,384 wide, with batch norm).
+    """A branch with one hidden layer and batch norm, added to a linear layer (1st-place solution: 16,384 wide).
 
-    Its own output starts at zero, so that a head with it starts where the head without it does.
+    Its output is zero before training, so that a head with it starts with the predictions of the head without it.
     """
 
     def __init__(self, features: int, hidden: int, outputs: int) -> None:
@@ -29,17 +29,19 @@ class Wide(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(n, d) -> (n, t)."""
-        self.norm.train(self.training and len(features) > 1)  # one row alone has no spread
+        self.norm.train(self.training and len(features) > 1)  # one row alone has no batch statistics
         return self.leave(functional.relu(self.norm(self.enter(features))))
 
 
 class LinearHead(nn.Module):
-    """The paper's row "CLIP": one linear layer on standardised features. Starts as the ridge regression.
+    """The linear baseline, the paper's row "CLIP": one linear layer on standardised features.
+
+    It starts as the ridge regression.
 
     Args:
         start: the ridge regression from pooled features to targets.
-        dropout: on the features.
-        hidden: width of a hidden layer beside it; 0: none.
+        dropout: probability that a standardised feature is dropped.
+        hidden: width of the hidden layer of a `Wide` branch; 0: no branch.
     """
 
     def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
@@ -62,8 +64,9 @@ class LinearHead(nn.Module):
 class PaperHead(nn.Module):
     """Model A, eq. 1-3: N1 = LayerNorm1(FC1(V)), N2 = LayerNorm2(FC2(N1)), A = w*N1 + (1-w)*N2, w learned from 0.5.
 
-    FC1 starts as the ridge regression and FC2 as the identity. A norm takes out the mean over the t outputs, which
-    is next to nothing beside their spread, and the scale, so N1, N2 and A start in the ridge regression's direction.
+    FC1 starts as the ridge regression and FC2 as the identity. A LayerNorm removes the mean over the t outputs,
+    which is next to nothing beside their spread, and the scale, so N1, N2 and A start in the ridge
+    regression's direction.
 
     Args: as LinearHead, which is FC1.
     """
@@ -86,4 +89,4 @@ class PaperHead(nn.Module):
         return self.w * n1 + (1 - self.w) * n2
 
 
-HEADS: dict[str, type[LinearHead] | type[PaperHead]] = {"clip": LinearHead, "model_a": PaperHead}
+HEADS: dict[str, type[LinearHead] | type[PaperHead]] = {"linear": LinearHead, "model_a": PaperHead}

@@ -1,4 +1,4 @@
-"""What feeds the layers that train."""
+"""The inputs of the layers that train."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from img2prompt.clip.features import Pictures
+from img2prompt.clip.features import Images
 from img2prompt.model_a.params import Augmentation
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Inputs(Protocol):
-    """What feeds the layers that train."""
+    """The inputs of the layers that train, by row."""
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield one input a batch of row numbers; `epoch` seeds the augmentation, None is without."""
+        """Yield (b, ...) float32 for each batch of row numbers; `epoch` seeds the augmentation, None is without."""
 
 
 class Stored:
-    """Inputs computed once: an array, in memory or mapped, with one entry a row."""
+    """Inputs computed once: an array, in memory or memory-mapped, with one entry for each row."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
@@ -36,13 +36,13 @@ class Stored:
             yield torch.from_numpy(self._array[batch]).float()
 
 
-class AnyPicture:
-    """Inputs in which an epoch takes any of the pictures of a row's prompt; without an epoch the row's own.
+class AnyImage:
+    """Inputs in which an epoch draws, for each row, one of all images with the row's prompt; without an epoch its own.
 
     Args:
-        inputs: by row.
+        inputs: from which rows are drawn.
         prompts: (n,) int64, equal for rows of one prompt; below 0 for rows that must not be drawn.
-        seed: with the epoch, of the draw.
+        seed: of the draw, together with the epoch.
     """
 
     def __init__(self, inputs: Inputs, prompts: np.ndarray, seed: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class AnyPicture:
         self._starts = np.cumsum(self._counts) - self._counts
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield what `inputs` does, of the pictures drawn."""
+        """Yield what `inputs` does, for the rows drawn."""
         if epoch is not None:
             rng = np.random.default_rng([*self._seed, epoch])
             rows = [self._draw(batch, rng) for batch in rows]
@@ -65,27 +65,28 @@ class AnyPicture:
 
 
 def _augmentation(amount: Augmentation) -> albumentations.Compose:
-    import albumentations  # every fold would wait for it
+    import albumentations  # slow to import, and few runs augment
 
     steps: list[albumentations.BasicTransform] = []
     if amount.crop:
-        # Albumentations crops by absolute sides only through a size; 224 is what most towers see at least.
+        # RandomResizedCrop needs a size in pixels; most towers take images of 224 or larger, and resize again.
         steps.append(albumentations.RandomResizedCrop(size=(224, 224), scale=(1 - amount.crop, 1), ratio=(0.9, 1.1)))
     if amount.rotation:
-        steps.append(albumentations.Rotate(limit=amount.rotation, border_mode=2, p=1))  # 2: edges are repeated
+        # Border mode 2 is cv2.BORDER_REFLECT: the image is mirrored at its edges.
+        steps.append(albumentations.Rotate(limit=amount.rotation, border_mode=2, p=1))
     if amount.flip:
         steps.append(albumentations.HorizontalFlip(p=amount.flip))
     return albumentations.Compose(steps)
 
 
-class Augmented(Pictures):
-    """Pictures that each epoch shows another way; without an epoch as they are.
+class Augmented(Images):
+    """Images that are augmented anew in each epoch; without an epoch they are not augmented.
 
     Args:
-        references: where each row's picture is, or None.
-        transform: CLIP's own.
+        references: as in `Images`.
+        transform: as in `Images`.
         amount: of the augmentation.
-        seed: with epoch and row, of the augmentation.
+        seed: of the augmentation, together with epoch and row.
     """
 
     def __init__(
@@ -99,24 +100,24 @@ class Augmented(Pictures):
         self._augment, self._seed = _augmentation(amount), seed
 
     def look(self, row: int, epoch: int | None) -> Image.Image:
-        """The RGB picture of a row as an epoch sees it."""
-        picture = super().look(row, epoch)
+        """The RGB image of a row, augmented for an epoch."""
+        image = super().look(row, epoch)
         if epoch is None:
-            return picture
-        # Seeded by row, not by worker: the same pictures with any number of workers, and after a resume.
+            return image
+        # Seeded by row, not by worker: the same images with any number of workers, and after a resume.
         self._augment.set_random_seed(int(np.random.SeedSequence([self._seed, epoch, row]).generate_state(1)[0]))
-        return Image.fromarray(self._augment(image=np.asarray(picture))["image"])
+        return Image.fromarray(self._augment(image=np.asarray(image))["image"])
 
 
 class Drawn:
-    """Inputs for training with augmentation: pictures drawn anew each epoch, run through the frozen layers."""
+    """Inputs for training with augmentation: in each epoch, the augmented images run through the frozen layers."""
 
-    def __init__(self, pictures: Pictures, frozen: nn.Module, device: str) -> None:
-        self._pictures, self._frozen, self._device = pictures, frozen.to(device).eval(), device
+    def __init__(self, images: Images, frozen: nn.Module, device: str) -> None:
+        self._images, self._frozen, self._device = images, frozen.to(device).eval(), device
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield (b, ...) float32, what the frozen layers make of the pictures."""
-        for batch in self._pictures.batches(rows, epoch):
+        """Yield (b, ...) float32, the frozen layers' output, for each batch of row numbers."""
+        for batch in self._images.batches(rows, epoch):
             with torch.no_grad():
                 x = self._frozen(batch.to(self._device, memory_format=torch.channels_last))
             yield x

@@ -25,7 +25,10 @@ class Rates(Section):
 
 
 class Augmentation(Section):
-    """Augmentation of the pictures; all zero: off, and frozen layers run once instead of once an epoch."""
+    """Augmentation of the images; with all values 0 it is off, and frozen layers run once instead of once an epoch.
+
+    `crop` is the largest share of the area cut away, `rotation` the largest angle in degrees, `flip` a probability.
+    """
 
     crop: Annotated[float, Field(ge=0, lt=1)]
     rotation: Annotated[float, Field(ge=0, le=180)]
@@ -38,9 +41,9 @@ class Augmentation(Section):
 
 
 class ModelAParams(Rates):
-    """Training of the paper's head (the inherited keys) and of the baseline head (`baseline`).
+    """Training of the paper's head (the inherited keys) and of the linear baseline (`linear`).
 
-    `unfreeze` is one for all CLIPs or one each: `layers`.
+    `unfreeze` holds one number of layers for all CLIPs, or one for each.
     """
 
     seed: Seed
@@ -58,8 +61,8 @@ class ModelAParams(Rates):
     ema: Share
     wise: Share
     tta: list[Literal["flip", "smaller", "larger", "renormalised"]]
-    any_picture: bool
-    baseline: Rates
+    any_image: bool
+    linear: Rates
     augmentation: Augmentation
 
     @model_validator(mode="after")

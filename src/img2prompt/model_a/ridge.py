@@ -17,8 +17,9 @@ from torch.nn import functional
 class Ridge:
     """A closed-form ridge regression: `(features - mean) / std @ weight.T + bias`.
 
-    `score` is the mean cosine over the rows it was fitted on, each predicted without its group: the best of the
-    strengths tried, and of the shares of the text prior.
+    All tensors are float32: `mean` and `std` (d,), `weight` (t, d), `bias` (t,). `score` is the mean cosine over the
+    rows it was fitted on, each predicted without its group, at the best of the strengths tried and of the `share`s
+    of the text prior.
     """
 
     mean: Tensor
@@ -32,10 +33,11 @@ class Ridge:
 
 @dataclass(frozen=True)
 class TextPrior:
-    """What CLIP's texts say of the targets, as a prior for a ridge regression on pictures.
+    """CLIP text embeddings and their targets, as a prior for a ridge regression on image features.
 
-    `texts` (m, k) are CLIP text embeddings and `targets` (m, t) theirs; the first n are those of the n rows that the
-    regression is fitted on, others need no picture. `projection` (d, k) is CLIP's, from features to the space of texts.
+    `texts` (m, k) are CLIP text embeddings and `targets` (m, t) those of the same prompts. The first n belong to the n
+    rows that the regression is fitted on; the others need no image. `projection` (d, k) is CLIP's, from its pooled
+    image features to the space of its text embeddings.
     """
 
     texts: Tensor
@@ -61,7 +63,7 @@ class _Spectrum:
         ]  # of every size g, the rows of the m groups of that size: (m, g)
 
     def left_out(self, outputs: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
-        """For each strength, outputs (n, o) of mean 0 less what is predicted of a row without its group's rows."""
+        """For each strength, outputs (n, o) of mean 0 minus each row's prediction without the rows of its group."""
         projected = self.basis.T @ outputs
         for strength in strengths:
             shrink = self.values / (self.values + strength)
@@ -69,7 +71,7 @@ class _Spectrum:
             rooted = self.basis * shrink.sqrt()
             for rows in self.groups:
                 block = rooted[rows]
-                hat = block @ block.mT + 1 / len(self.x)  # the last part is the mean's
+                hat = block @ block.mT + 1 / len(self.x)  # the last term is the intercept's
                 residual[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
             yield residual
 
@@ -80,19 +82,20 @@ class _Spectrum:
 
 
 def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, prior: TextPrior | None = None) -> Ridge:
-    """Fit every strength from one eigendecomposition, take the best by leaving groups out, also in closed form.
+    """Fit every strength from one eigendecomposition; return the best by leave-one-group-out, also in closed form.
 
-    Features are brought to mean 0 and deviation 1 first: strengths weigh them alike. The strengths go from hardly
-    any to the mean target alone, in steps of about 1.8, so the best one is inside.
+    Features are standardised to mean 0 and standard deviation 1 first, so that a strength penalises them alike. The
+    strengths go from hardly any penalty to one that leaves the mean target alone, each about 1.8 times the last, so
+    that the best one is inside.
 
-    With a prior, weights shrink towards a share of what another ridge regression, from CLIP's texts to the targets,
-    says of projected pictures, in place of towards zero. The share is chosen with the strength, and a group's texts
-    are left out with its pictures; a share of 0 is the regression without prior.
+    With a prior, weights shrink towards a share of another ridge regression in place of towards zero: the one from
+    CLIP's text embeddings to the targets, applied to the projected image features. The share is chosen with the
+    strength, and a group's texts are left out with its images; a share of 0 is the regression without prior.
 
     Args:
         features: (n, d) float32.
-        targets: (n, t) of norm 1.
-        groups: (n,) rows of one group are predicted without each other; None: each row is a group.
+        targets: (n, t) float32, rows of norm 1.
+        groups: (n,) int; rows of one group are predicted without each other. None: each row is a group.
         prior: see TextPrior.
     """
     groups = np.arange(len(features)) if groups is None else groups
@@ -111,7 +114,8 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
         inverse = torch.linalg.inv(c.T @ c + text.strength * torch.eye(c.shape[1], dtype=torch.double))
         translate = text.weight.double().T  # (k, t)
         project = std.double()[:, None] * prior.projection.double() / text.std.double()
-        project /= (x @ project).square().mean().sqrt()  # as wide as texts are: a share of 1 takes them at their word
+        # Scaled to the spread of the standardised texts, so that a share of 1 is the text regression as it is.
+        project /= (x @ project).square().mean().sqrt()
         outputs = torch.cat([outputs, x @ project], dim=1)
 
     best = (-math.inf, 0.0, 0.0)
@@ -120,7 +124,7 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
         predicted = t - left_out[:, : t.shape[1]]
         scores = functional.cosine_similarity(predicted, t).mean()[None]
         if prior:
-            # The regression takes back what it finds of the prior in the other rows; this much of a row is left.
+            # Of a row's projected features, q is what the other rows do not explain: only this part of the prior stays.
             q = left_out[:, t.shape[1] :]
             added = q @ translate
             for rows in spectrum.groups:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import whole
 from img2prompt.model_a.heads import HEADS
-from img2prompt.model_a.inputs import AnyPicture, Inputs, Stored
+from img2prompt.model_a.inputs import AnyImage, Inputs, Stored
 from img2prompt.model_a.params import ModelAParams, Rates
 from img2prompt.model_a.ridge import Ridge
 
@@ -30,9 +30,9 @@ class Schedule:
     """One phase of training.
 
     `lr_tower` and `lr_head` are the peaks of a cosine schedule with a linear warm-up over the share `warmup`
-    of the steps; a step sees `batch_size * accumulate` rows. Each layer of the tower has the rate of the one behind
-    it times `layer_decay`. `mse` is the weight of the mean squared error beside the cosine. With `ema`, weights are
-    averaged over about this share of the steps, the latest counting most.
+    of the steps; a step sees `batch_size * accumulate` rows. Each layer of the tower has the learning rate
+    of the layer after it times `layer_decay`. `mse` is the weight of the mean squared error in the loss, beside the
+    cosine. `ema` above 0 takes the exponential moving average of the weights over about this share of the steps.
     """
 
     epochs: int
@@ -49,7 +49,7 @@ class Schedule:
     seed: tuple[int, ...]
 
     def factor(self, step: int, steps: int) -> float:
-        """Share of the peak rate at `step` of 0 .. steps-1."""
+        """The learning rate at `step` of 0 .. steps-1, as a share of its peak."""
         warm = math.ceil(self.warmup * steps)
         if step < warm:
             return (step + 1) / warm
@@ -57,10 +57,10 @@ class Schedule:
 
 
 def parameter_groups(tower: nn.Sequential, head: nn.Module, schedule: Schedule) -> list[dict[str, object]]:
-    """Optimiser groups with differential rates: every trainable parameter in exactly one.
+    """Optimiser groups with differential learning rates: every trainable parameter in exactly one.
 
-    The last layer of the tower has `lr_tower`. Biases, norms and the mix are not decayed:
-    pulling them to zero would pull predictions off the mean target.
+    The last layer of the tower has `lr_tower`. Biases, the parameters of batch norms and LayerNorms,
+    and the w of eq. 3 are not decayed: pulling them to zero would pull predictions off the mean target.
     """
     rates = [schedule.lr_tower * schedule.layer_decay**behind for behind in reversed(range(len(tower)))]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -75,7 +75,7 @@ def parameter_groups(tower: nn.Sequential, head: nn.Module, schedule: Schedule) 
 
 
 def cosine_loss(predicted: Tensor, target: Tensor, mse: float = 0.0) -> Tensor:
-    """Sum over rows of 1 - cosine (eq. 7) + mse * mean squared error; (n, t) each, of any norm."""
+    """Sum over rows of 1 - cosine (eq. 7) + mse * mean squared error; (n, t) each, of any norm, to a scalar float32."""
     predicted, target = predicted.float(), target.float()
     loss = (1 - functional.cosine_similarity(predicted, target)).sum()
     return loss + mse * functional.mse_loss(predicted, target, reduction="none").mean(1).sum() if mse else loss
@@ -93,10 +93,10 @@ def fit(
     watched: np.ndarray,
     what: str,
 ) -> list[dict[str, float]]:
-    """Train head, and tower where it is not frozen, by the cosine to the targets; changed in place.
+    """Train head, and tower where it is not frozen, in place, by `cosine_loss` between predictions and targets.
 
     After each epoch everything that the next one needs is written to `resume`; if the file is there, training
-    goes on from it and ends with the same weights. The tower's norms keep their running statistics.
+    resumes from it and ends with the same weights. The tower's batch norms keep their running statistics.
 
     Args:
         tower: layers in order that map an input to (b, d); parameters without gradients stay as they are.
@@ -104,14 +104,14 @@ def fit(
         inputs: of the tower, by row.
         targets: (copies, n, t) float32; each epoch draws one of the copies for every row.
         rows: (m,) the rows that train.
-        schedule: rates, batches and epochs.
+        schedule: learning rates, batch sizes and epochs.
         device: a torch device.
         resume: file of the last finished epoch.
-        watched: (w,) rows whose mean cosine is logged after each epoch; they decide nothing.
-        what: named by the progress bar.
+        watched: (w,) rows whose mean cosine is logged after each epoch; training does not depend on them.
+        what: label of the progress bar.
 
     Returns:
-        One dict an epoch: `epoch` from 1, `loss` (mean over the training rows), `score` (mean cosine on `watched`).
+        One dict for each epoch: `epoch` from 1, `loss` (mean over training rows), `score` (mean cosine on `watched`).
     """
     tower, head = tower.to(device), head.to(device)
     optimiser = torch.optim.AdamW(parameter_groups(tower, head, schedule))
@@ -173,7 +173,7 @@ def fit(
 
 
 def interpolate(model: nn.Module, original: Mapping[str, Tensor], share: float) -> None:
-    """WiSE-FT (arXiv 2109.01903): every weight goes to `share` of the way from `original` to where it is, in place."""
+    """WiSE-FT (arXiv 2109.01903): in place, every weight becomes (1 - share) * its `original` + share * itself."""
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.lerp_(original[name].to(value.device), 1 - share)
@@ -199,22 +199,23 @@ def train(
 
     Args:
         kind: a key of HEADS.
-        start: the ridge regression that the head starts as, of the training rows.
+        start: the ridge regression that the head starts as, fitted on the training rows.
         pooled: (n, d) float32, V(x) of the untouched tower.
-        inputs: of `tower`.
-        tower: the layers that train, changed in place; without any, the second phase trains the head on.
+        inputs: of `tower`, by row.
+        tower: the layers that train, changed in place; if it has none, the second phase continues with the head.
         targets, rows, watched: as in `fit`.
         settings: what both heads share.
         rates: this head's epochs and learning rates.
         seed: of initial weights, order and dropout.
         device: a torch device.
-        resume: folder of what a killed run goes on from.
-        prompts: as in `AnyPicture`; None: each row's own picture.
+        resume: folder of the files that a killed run resumes from.
+        prompts: as in `AnyImage`; None: each row's own image.
 
     Returns:
-        The trained head, and the history: `phase`, `epoch`, `loss`, `score` (before `wise` mixes in the original).
+        The trained head, and the history: `phase`, `epoch`, `loss`, `score` (before `wise` mixes in original weights).
     """
-    seed = (*seed, list(HEADS).index(kind))  # orders of their own: averaged, two heads err less than one
+    # Each head has its own order of rows: their errors differ, so that their mean errs less than one.
+    seed = (*seed, list(HEADS).index(kind))
     torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
     head = HEADS[kind](start, settings.dropout, settings.hidden)
     model = nn.ModuleDict({"tower": tower, "head": head})
@@ -239,7 +240,7 @@ def train(
             seed=(*seed, 1 + (phase == "tower")),
         )
         if prompts is not None:
-            source = AnyPicture(source, prompts, schedule.seed)
+            source = AnyImage(source, prompts, schedule.seed)
         file = resume / f"{kind}-{phase}.safetensors"
         log = fit(layers, head, source, targets, rows, schedule, device, file, watched, f"{kind}, {phase}")
         history += [{"phase": phase, **entry} for entry in log]
@@ -252,7 +253,7 @@ def train(
 def predict(
     tower: nn.Module, head: nn.Module, views: Sequence[Inputs], rows: np.ndarray, batch_size: int, device: str
 ) -> np.ndarray:
-    """Predict `rows`: (m, t) float32 of norm 1, the mean over the views' predictions, each at norm 1."""
+    """Predict `rows`: (m, t) float32 of norm 1, the mean of the views' predictions, each scaled to norm 1."""
     tower, head = tower.to(device).eval(), head.to(device).eval()
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     parts = []

@@ -1,1 +1,1 @@
-"""Model B: the prompts of the nearest neighbours in CLIP space (eq. 4-5)."""
+"""Model B: the prompts of the nearest neighbours in CLIP's embedding space (eq. 4-5)."""

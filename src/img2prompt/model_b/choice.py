@@ -1,4 +1,4 @@
-"""Model B as a whole: what is searched, out of fold, and the predictions that follow."""
+"""Model B as a whole: the out-of-fold search of its settings, and its predictions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from img2prompt.ensemble.weights import Cosines, mix, search_weights
 from img2prompt.model_b.neighbours import Neighbours, nearest
 from img2prompt.model_b.regression import grid_scores, regress
 
-# Wide on purpose: a best value at the edge of a grid is no optimum. distance_dim 0 is the plain mean of k
-# prompts.
+# The grids are wide, because a best value at the edge of a grid may not be the optimum. With distance_dim 0 the
+# prediction is the unweighted mean of the k neighbours' targets.
 K_GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 DISTANCE_DIM_GRID = (0, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How one kind of keys is used."""
+    """The number of neighbours and the power of their distance (eq. 4), for one kind of keys."""
 
     k: int
     distance_dim: float
@@ -26,7 +26,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A setting for each kind of keys in use; image_share weighs the prediction from image keys in `mix`."""
+    """A setting for each kind of keys in use; image_share is the weight of the image keys' prediction in `mix`."""
 
     settings: dict[str, Setting]
     image_share: float
@@ -34,10 +34,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Prompts without pictures, further `text` keys.
+    """Prompts without images, which are further `text` keys.
 
-    keys (t, d), targets (t, 384), kept (t,) bool: may be a neighbour. near: fold -> (t,) bool, of no use to that fold,
-    because a prompt of it is near.
+    keys (t, d), targets (t, 384), kept (t,) bool: may be a neighbour. near: fold -> (t,) bool: left out of that fold's
+    bank, because a prompt of the fold is near.
     """
 
     keys: np.ndarray
@@ -53,8 +53,8 @@ class KnnResult:
     oof (n, 384): each fold predicted under its own fold_choices entry, from the other folds' rows.
     test (m, 384): under `choice`, made on all scored rows, from all kept rows.
     search_table: keys, k, distance_dim, score (mean cosine out of fold, all scored rows).
-    neighbours, test_neighbours: kind of keys -> the neighbours behind oof and test, as rows of the train
-    table, after its last row of the texts.
+    neighbours, test_neighbours: kind of keys -> the neighbours behind oof and test, as row numbers of the
+    train table followed by the texts.
     """
 
     oof: np.ndarray
@@ -95,18 +95,18 @@ def fit_predict(
     device: str = "cpu",
     texts: Texts | None = None,
 ) -> KnnResult:
-    """Model B for the train pictures, out of fold, and for the test pictures.
+    """Model B for the train images, out of fold, and for the test images.
 
-    queries (n, d), test_queries (m, d): pictures' CLIP embeddings. bank: `text` and/or `image` -> the train
+    queries (n, d), test_queries (m, d): CLIP's image embeddings. bank: `text` and/or `image` -> the train
     rows' keys (n, d); texts: more `text` keys. targets (n, 384), norm 1. fold (n,) int. kept (n,) bool: may
     be a neighbour. scored (n,) bool: counts in choosing. keys: `text`, `image`, or `both`: the mix of the two
     predictions. k, distance_dim: `search`, or the number to use; a k beyond the smallest bank of keys becomes its size.
 
-    What is searched is chosen like the ensemble's weights, with the paper silent: for each kind of keys the k
+    The paper does not say how to choose. Here it is done as for the ensemble's weights: for each kind of keys, the k
     and distance_dim of the best mean cosine out of fold (of equals the smallest k, then the smallest
-    distance_dim), then for `both` the image share. A fold's own predictions use the choice made on the other
-    folds' rows; those rows do have neighbours in the fold, as they must, but the cosines that the fold is
-    scored by play no part. Raises ValueError for unknown keys, numbers of rows that differ, fewer than two
+    distance_dim), then for `both` the image share. A held-out fold's predictions use the choice made on the other
+    folds' rows. Those rows have neighbours in the held-out fold, as they must, but the cosines of the held-out
+    fold's own rows play no part. Raises ValueError for unknown keys, numbers of rows that differ, fewer than two
     folds, or folds without kept or scored rows beside them.
     """
     kinds = {"text": ["text"], "image": ["image"], "both": ["text", "image"]}.get(keys)
@@ -143,7 +143,7 @@ def fit_predict(
 
     def choose(rows: np.ndarray) -> Choice:
         if not rows.any():
-            raise ValueError("no scored rows to choose k and distance_dim on, outside the fold in question")
+            raise ValueError("no scored rows outside the held-out fold to choose k and distance_dim on")
         settings = {}
         for kind in kinds:
             mean = scores[kind][rows].mean(axis=0, dtype=np.float64)

@@ -9,15 +9,15 @@ from img2prompt.core.metric import unit
 from img2prompt.core.progress import progress
 
 QUERY_BLOCK, KEY_BLOCK = 1024, 32_768  # a tile of similarities: 128 MB
-GATHERED = 2**20  # floats of neighbours' rows looked at at once: few enough for the cache
-SLACK = 16  # keys beyond k that the fp32 search keeps for the float64 distances to choose from
+GATHERED = 2**20  # floats of neighbours' rows gathered at once: few enough for the CPU's cache
+SLACK = 16  # keys beyond k in the shortlist of the float32 search, from which float64 distances choose
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The k nearest rows of a bank of keys for each of n queries, nearest first, of equal keys the first.
+    """The k nearest rows of a bank of keys for each of n queries, nearest first.
 
-    index (n, k) int64: rows of the bank. distance (n, k) float32, ascending.
+    index (n, k) int64: rows of the bank, ascending where distances are equal. distance (n, k) float32, ascending.
     """
 
     index: np.ndarray
@@ -25,9 +25,9 @@ class Neighbours:
 
 
 def nearest(queries: np.ndarray, keys: np.ndarray, k: int, device: str = "cpu") -> Neighbours:
-    """The k keys (m, d) nearest to each query (n, d) by the Euclidean distance of their directions.
+    """The k keys (m, d) nearest to each query (n, d) by Euclidean distance, both scaled to norm 1.
 
-    Exact for the rows at norm 1 in float32: float64 distances decide, and between equal ones the index.
+    Exact for the float32 rows of norm 1: float64 distances decide, and between equal ones the index.
     Memory is bounded by a tile of QUERY_BLOCK x KEY_BLOCK similarities whatever n and m are.
     Raises ValueError for k outside 1..m, and for a row that is all zeros or not finite.
     """
@@ -39,7 +39,7 @@ def nearest(queries: np.ndarray, keys: np.ndarray, k: int, device: str = "cpu") 
     # Allocated once: fresh pages for every tile cost a quarter of the matrix product.
     width = min(len(keys), KEY_BLOCK)
     tile = key_rows.new_empty(min(len(queries), QUERY_BLOCK) * (width + int(width**0.5)))
-    for start in progress(range(0, len(queries), QUERY_BLOCK), "nearest"):
+    for start in progress(range(0, len(queries), QUERY_BLOCK), "nearest neighbours"):
         rows = slice(start, start + QUERY_BLOCK)
         block_index, block_distance = _nearest(query_rows[rows], key_rows, k, SLACK, tile)
         index[rows], distance[rows] = block_index.cpu(), block_distance.cpu()
@@ -47,7 +47,7 @@ def nearest(queries: np.ndarray, keys: np.ndarray, k: int, device: str = "cpu") 
 
 
 def on_device(x: np.ndarray, device: str) -> torch.Tensor:
-    """The same values as a float32 tensor on a device."""
+    """The same values as a contiguous float32 tensor on a device."""
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
 
 
@@ -62,7 +62,7 @@ def _nearest(
     index, distance = index.gather(1, order)[:, :k], distance[:, :k]
     if size < len(keys):
         # The product of unit rows is off by at most d * 2**-24, their norms by a little. Where the last of
-        # the shortlist is not clearly farther than the k-th neighbour (many equal pictures), a key left out
+        # the shortlist is not clearly farther than the k-th neighbour (many equal images), a key left out
         # might belong in: search with a longer list.
         error = (queries.shape[1] + 8) * 2.0**-24
         doubtful = (similarity[:, k - 1] - similarity[:, -1] <= 2 * error).nonzero().flatten()
@@ -93,7 +93,7 @@ def _topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(queries @ keys.T).topk(size)` with the product in tile, and a faster search of its long rows.
 
-    The columns are dealt into groups of g: column c to group c % groups. The `size` largest values lie in the
+    The columns are split into groups of g: column c to group c % groups. The `size` largest values lie in the
     `size` groups with the largest maxima, so two short searches replace the long one: over m/g maxima and
     over size*g values.
     """
@@ -111,7 +111,7 @@ def _topk(
 def _distances(queries: torch.Tensor, keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Distances (n, k), float64 by differences, of queries (n, d) from keys[index].
 
-    Equal keys get equal distances to the last bit, and what is close to 0 keeps its digits, unlike 2 - 2*dot.
+    Equal keys get equal distances to the last bit, and those close to 0 keep their precision, unlike 2 - 2*dot.
     """
     distance = queries.new_empty(index.shape, dtype=torch.float64)
     step = max(1, GATHERED // (index.shape[1] * keys.shape[1]))

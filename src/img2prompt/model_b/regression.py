@@ -24,9 +24,9 @@ def weights(distance: np.ndarray, distance_dim: float, eps: float, coef: float) 
     """w_i = coef / (d_i**distance_dim + eps), eq. 4, scaled as in eq. 5 to sum to 1: (n, k) float64.
 
     distance: (n, k). coef cancels. eps keeps the weight of an exact match (d = 0) finite: such a neighbour
-    counts d**distance_dim / eps times as much as one at distance d. It also levels: where d**distance_dim is
-    far below eps, all neighbours count alike, so a large power of small distances asks for a tiny eps. With
-    distance_dim 0 all do. Raises ValueError unless distance_dim >= 0, eps > 0 and coef > 0.
+    counts d**distance_dim / eps times as much as one at distance d. It also levels the weights: where
+    d**distance_dim is far below eps, all neighbours count alike, so a large power of small distances needs a tiny eps.
+    With distance_dim 0 they always count alike. Raises ValueError unless distance_dim >= 0, eps > 0 and coef > 0.
     """
     _check_formula(distance_dim, eps, coef)
     power = torch.tensor(distance_dim, dtype=torch.float64)
@@ -48,10 +48,10 @@ def regress(
     coef: float,
     device: str = "cpu",
 ) -> np.ndarray:
-    """B = sum w_i T_i / sum w_i over the first k neighbours, eq. 5, then norm 1: (n, 384) float32.
+    """B = sum w_i T_i / sum w_i over the first k neighbours, eq. 5, scaled to norm 1: (n, 384) float32.
 
-    targets: (m, 384), the rows that neighbours.index speaks of.
-    Raises ValueError where fewer than k neighbours are given, or the weighted targets of a row cancel.
+    targets: (m, 384), the rows that neighbours.index refers to.
+    Raises ValueError as `weights` does, where fewer than k neighbours are given, or a row's weighted targets cancel.
     """
     if not 1 <= k <= neighbours.index.shape[1]:
         raise ValueError(f"k={k}, but {neighbours.index.shape[1]} neighbours were searched")
@@ -81,8 +81,9 @@ def grid_scores(
 ) -> np.ndarray:
     """Cosine with own (n, 384) of what `regress` predicts for each k and distance_dim: (n, ks, dims) float32.
 
-    ks ascending. A row's neighbours are fetched once; one small matrix product per step from k to the next k
-    extends the weighted sums of all powers.
+    targets: (m, 384), as in `regress`; own: the rows' own targets; ks ascending. A row's neighbours are fetched once;
+    one small matrix product per step from k to the next k extends the weighted sums of all powers. Raises ValueError
+    as `weights` does, and where a row of own is all zeros or not finite.
     """
     for distance_dim in distance_dims:
         _check_formula(distance_dim, eps, coef)

@@ -1,1 +1,1 @@
-"""From predictions to what the competition takes."""
+"""From predictions to the competition's submission file."""

@@ -1,4 +1,4 @@
-"""The submission file: one row for each of the 384 values of each picture's vector."""
+"""The submission file: one row for each of the 384 values of each image's vector."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,25 +9,24 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 HEADER = ["imgId_eId", "val"]
-CHUNK = 512  # pictures at a time: some 5 MB of text
-TOLERANCE = 1e-4  # of a vector's norm
+CHUNK = 512  # images written at a time: some 5 MB of text
+TOLERANCE = 1e-4  # how far a vector's norm may be from 1
 NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
 
 def write_submission(path: Path, ids: Sequence[str], predictions: np.ndarray) -> None:
-    """Write predictions (n, 384), norm 1, as `imgId_eId,val`: rows ID_0 .. ID_383 for each of ids, in order.
+    """Write predictions (n, 384), rows of norm 1, as `imgId_eId,val`: lines ID_0 .. ID_383 for each of ids, in order.
 
     Values are float32 in the shortest notation that reads back as the same bits. Where an id has a comma,
-    quote or line break, ids are quoted (RFC 4180). The file appears whole or not at all; equal predictions
-    make equal bytes. Raises ValueError for repeated ids, another number of ids than rows, values not finite,
-    or norms other than 1.
+    quote or line break, ids are quoted (RFC 4180). Equal predictions give equal bytes. Raises ValueError, before
+    anything is written, for repeated ids, another number of ids than rows, values not finite, or norms other than 1.
     """
     if predictions.ndim != 2 or len(ids) != len(predictions):
         raise ValueError(f"{path}: {len(ids)} ids for predictions {predictions.shape}: one row for each id")
     _check_ids(path, ids)
     _check_norms(path, ids, np.einsum("ij,ij->i", predictions, predictions, dtype=np.float64))
     quote = '"' if any(set(name) & set(',"\r\n') for name in ids) else ""
-    # The text is glued together as whole columns; nothing in Python happens value by value.
+    # Arrow joins the text as whole columns: a Python loop over single values would be slow.
     prefixes = [f"{quote}{name.replace(quote, quote * 2) if quote else name}_" for name in ids]
     suffixes = [f"{element}{quote}," for element in range(predictions.shape[1])]
     with path.open("wb") as file:
@@ -42,10 +41,11 @@ def write_submission(path: Path, ids: Sequence[str], predictions: np.ndarray) ->
 
 
 def check_submission(path: Path, ids: Sequence[str], dim: int = 384) -> None:
-    """Read the file again, as a stream, and make sure that it is what the competition takes.
+    """Read the file back as a stream and make sure that it has the competition's format.
 
-    Every id of ids once and in their order, its dim values in order, each finite, each vector of norm 1
-    within 1e-4. Raises ValueError naming the file, the row (the first below the header is 1) and what to do.
+    Every id of ids must occur once and in their order, with its dim values in order; each value must be finite and
+    each vector of norm 1 within 1e-4. Raises ValueError naming the file, the row (the first below the
+    header is 1) and what to do.
     """
     _check_ids(path, ids)
     squares, row = np.zeros(len(ids)), 0
@@ -70,7 +70,7 @@ def check_submission(path: Path, ids: Sequence[str], dim: int = 384) -> None:
 
 
 def _read_batch(path: Path, batch: pa.RecordBatch, row: int, ids: Sequence[str], dim: int) -> np.ndarray:
-    """Check the names and values of the rows from `row` on; the sum of squares (n,) that each id gains."""
+    """Check the names and values of the rows from `row` on; return their sum of squares for each id: (n,) float64."""
     if row + len(batch) > len(ids) * dim:
         raise ValueError(f"{path}: more rows than {len(ids)} ids x {dim}: write one vector for each id")
     first, last = row // dim, -(-(row + len(batch)) // dim)
@@ -94,10 +94,10 @@ def _read_batch(path: Path, batch: pa.RecordBatch, row: int, ids: Sequence[str],
         bad = int(np.isfinite(values).argmin())
         raise ValueError(
             f"{path}: row {row + bad + 1} ({names[bad].as_py()!r}) has {texts[bad].as_py()!r}, "
-            "no finite number: look at the predictions of that picture"
+            "no finite number: look at the predictions of that image"
         )
-    picture = (row + np.arange(len(batch))) // dim
-    return np.bincount(picture, weights=np.square(values, dtype=np.float64), minlength=len(ids))
+    image = (row + np.arange(len(batch))) // dim
+    return np.bincount(image, weights=np.square(values, dtype=np.float64), minlength=len(ids))
 
 
 def _product(prefixes: list[str], suffixes: list[str]) -> tuple[pa.Array, pa.Array]:
@@ -110,7 +110,7 @@ def _product(prefixes: list[str], suffixes: list[str]) -> tuple[pa.Array, pa.Arr
 def _check_ids(path: Path, ids: Sequence[str]) -> None:
     if len(set(ids)) < len(ids):
         repeated = next(name for i, name in enumerate(ids) if name in ids[:i])
-        raise ValueError(f"{path}: id {repeated!r} is given twice: a picture has one vector")
+        raise ValueError(f"{path}: id {repeated!r} is given twice: an image has one vector")
 
 
 def _check_norms(path: Path, ids: Sequence[str], squares: np.ndarray) -> None:

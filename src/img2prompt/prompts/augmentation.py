@@ -28,7 +28,7 @@ GRAMMAR = frozenset(
 class WordNet(Mapping[str, tuple[str, ...]]):
     """The synonyms of a lower-case word in WordNet, looked up on demand.
 
-    Only those of its first sense, the most frequent one: rarer senses would change what the picture shows.
+    Only those of its first sense, the most frequent one: rarer senses would change what the prompt describes.
     """
 
     def __getitem__(self, word: str) -> tuple[str, ...]:
@@ -50,12 +50,12 @@ class WordNet(Mapping[str, tuple[str, ...]]):
         return (word for word in dict.fromkeys(words) if self.get(word))
 
     def __len__(self) -> int:
-        """As slow as `__iter__`."""
+        """The number of words that have synonyms; as slow as `__iter__`."""
         return sum(1 for _ in self)
 
 
 def thesaurus() -> tuple[str, Mapping[str, tuple[str, ...]]]:
-    """The thesaurus at hand, as its name and a mapping from a lower-case word to its synonyms.
+    """The available thesaurus, as its name and a mapping from a lower-case word to its synonyms.
 
     "wordnet" where nltk's WordNet data is installed (`python -m nltk.downloader wordnet`), else "built-in":
     the groups of `thesaurus.txt`.
@@ -80,7 +80,7 @@ def augment_prompt(
     replace: float,
     shuffle: float,
 ) -> str:
-    """A prompt that should describe the same picture.
+    """A changed copy of the prompt that should describe the same image.
 
     Each word that `synonyms` knows is replaced with probability `replace`; a capital first letter stays one.
     Then, with probability `shuffle`, the words are shuffled: within each comma-separated phrase, and the

@@ -24,7 +24,7 @@ MARGIN = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Deduplication:
-    """Which rows survive at each threshold, and the duplicates of the one that was asked for."""
+    """Which rows survive at each threshold, and the duplicates at the `threshold` that was asked for."""
 
     thresholds: tuple[float, ...]  # ascending
     kept: np.ndarray  # (n_thresholds, n) bool
@@ -38,7 +38,7 @@ class FastCosines:
         """`rows`: (n, d) float32 at norm 1, or a sample of them to time the two precisions with."""
         self.device = torch.device(device)
         self.dtype = min((torch.float32, torch.bfloat16), key=lambda dtype: self._seconds(rows, dtype))
-        self.scores = torch.empty(BLOCK * TILE, dtype=self.dtype, device=self.device)  # fresh ones page-fault
+        self.scores = torch.empty(BLOCK * TILE, dtype=self.dtype, device=self.device)  # reused: a fresh one page-faults
 
     def cast(self, rows: np.ndarray) -> torch.Tensor:
         """(m, d) float32 to the same rows in the fast precision, on the device."""
@@ -61,7 +61,7 @@ class FastCosines:
         block, tile = (torch.from_numpy(rows[:size]).to(self.device, dtype) for size in (BLOCK, TILE))
         out = torch.empty(len(block), len(tile), dtype=dtype, device=self.device)
         times = []
-        for _ in range(6):  # the first warms up; the least of them is the least disturbed
+        for _ in range(6):  # the first warms up; the shortest time is the least disturbed
             start = time.perf_counter()
             torch.mm(block, tile.T, out=out).amax().item()
             times.append(time.perf_counter() - start)
@@ -108,10 +108,10 @@ def deduplicate(
     rows.
 
     `embeddings`: (n, d) float32 at norm 1. `also`: further thresholds, served by the same pass. In
-    `duplicates`, which is for `threshold` alone, each dropped row names the nearest earlier kept row, the
-    earliest of equals.
+    `duplicates`, which is for `threshold` alone, each dropped row names the nearest earlier kept row, and the
+    earliest of equally near ones.
 
-    Raises ValueError for rows that `check_rows` refuses, a threshold outside [0.01, 1), or more than 64.
+    Raises ValueError for rows that `check_rows` refuses, a threshold outside [0.01, 1), or more than 64 thresholds.
     """
     check_rows(embeddings)
     thresholds = tuple(sorted({float(t) for t in (threshold, *also)}))
@@ -141,7 +141,7 @@ def deduplicate(
     n = len(embeddings)
     alive = np.full(n, lowest[-1])
     nearest, nearest_cosine = np.full(n, -1), np.full(n, -np.inf)
-    top = np.full(n, threshold + MARGIN, dtype=np.float32)  # the best score so far, of those that matter
+    top = np.full(n, threshold + MARGIN, dtype=np.float32)  # highest score with a kept row so far, or this
     fast = FastCosines(embeddings, device)
     # The bank: every row kept at some threshold so far. Pages of it not yet touched cost no memory.
     bank_row = np.empty(n, dtype=np.int64)

@@ -19,7 +19,7 @@ class Encoder:
 
     Args:
         name: `all-MiniLM-L6-v2` comes with the pip package that carries its weights; any other name is a
-            folder or is loaded from the hub.
+            folder or is loaded from the Hugging Face hub.
         device: a torch device.
     """
 
@@ -33,7 +33,7 @@ class Encoder:
         self._model = SentenceTransformer(name, device=device).eval()
 
     def __call__(self, texts: Sequence[str], batch_size: int = 64, resume: Path | None = None) -> np.ndarray:
-        """Embed texts: (n, d) float32, rows of norm 1, in fp32 because they decide what is a duplicate.
+        """Embed n texts: (n, d) float32, rows of norm 1; computed in fp32 because they decide what is a duplicate.
 
         Batches hold texts of one length in tokens, so that nothing is spent on padding and a text's
         embedding does not depend on a longer neighbour. A killed run goes on from what is in the folder `resume`.

@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from img2prompt.core.progress import progress
 from img2prompt.prompts.dedup import BLOCK, TILE, FastCosines, check_rows, exact_cosines, max_cosine
 
-STEP = 0.01  # how a threshold rises: readable in the scores, and the same after small changes of the data
+STEP = 0.01  # by which the threshold rises: a coarse step stays the same after small changes of the data
 PENDING = 1_000_000  # edges held beside the forest: about 100 MB while they are reduced
 
 
@@ -29,7 +29,7 @@ Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # i, j: (m,) int64, i > j; co
 
 
 def spanning_forest(n: int, parts: list[Edges]) -> Edges:
-    """The at most n - 1 edges of a maximum spanning forest of a graph on n rows, given as distinct edges."""
+    """A maximum spanning forest, at most n - 1 edges, of a graph on n rows; `parts` hold its distinct edges."""
     i, j, cosine = map(np.concatenate, zip(*parts, strict=True))
     graph = coo_array((-cosine, (i, j)), (n, n)).tocsr()  # minimum of the negatives; 0 would mean "no edge"
     tree = minimum_spanning_tree(graph).tocoo()
@@ -50,7 +50,7 @@ def similarity_forest(embeddings: np.ndarray, threshold: float) -> Edges:
     """A maximum spanning forest of the graph of all pairs with cosine >= threshold.
 
     Two rows are joined by edges of at least t in the graph if and only if they are so in the forest, for any
-    t from the threshold up: one pass and O(n) memory serve them all. `embeddings`: (n, d) float32 at norm 1.
+    t from the threshold up: one pass and O(n) memory serve every such t. `embeddings`: (n, d) float32 at norm 1.
     """
     n = len(embeddings)
     fast = FastCosines(embeddings)
@@ -139,8 +139,8 @@ def near_folds(
 ) -> np.ndarray:
     """(t, folds) bool: whether a text has a cosine of at least `threshold` with a row of each fold of `ids`.
 
-    Such a text tells a model too much about the fold, as the fold's own prompts would. `texts`: (t, d) float32 at
-    norm 1; `embeddings`, `fold`: of the n rows.
+    A model trained on such a text would be scored too well on the fold, as if it had seen the fold's own prompts.
+    `texts`: (t, d), `embeddings`: (n, d), both float32 at norm 1. `fold`: (n,) int64.
     """
     near = np.zeros((len(texts), len(ids)), dtype=bool)
     for start in progress(range(0, len(texts), BLOCK), "texts", unit="block"):

@@ -19,9 +19,9 @@ class EmbedPromptsParams(Section):
 
 
 class DedupParams(Section):
-    """Cosine above which of two prompts one is dropped: from training (at 1, none is), and from scoring.
+    """Cosines above which one of two prompts is dropped: from training (at 1, none is) and, `scored`, from scoring.
 
-    `at_random` trains on as many rows drawn at random: the filter's control.
+    `at_random` trains on rows drawn at random instead, as many as the filter keeps: a control for the filter.
     """
 
     threshold: Annotated[float, Field(gt=0, le=1)]

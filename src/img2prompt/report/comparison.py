@@ -1,4 +1,4 @@
-"""Two experiments picture by picture: did the idea help, on which folds, and is it noise?"""
+"""Two experiments image by image: did the idea help, on which folds, and is it noise?"""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import pandas as pd
 from img2prompt.core.metric import bootstrap_interval
 from img2prompt.report.scores import fold_scores, markdown
 
-KEY = ["split", "source", "id"]  # what makes a row of `cosines` the same picture in two experiments
-FACTS = [*KEY, "fold", "group", "scored"]  # the columns of `cosines` that are no model
+KEY = ["split", "source", "id"]  # what makes a row of `cosines` the same image in two experiments
+FACTS = [*KEY, "fold", "group", "scored"]  # the columns of `cosines` that are not a model's
 
 
 def pair(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The pictures that two experiments have both scored, and notes on what makes them hard to compare.
+    """The images that two experiments have both scored, and notes on what makes them hard to compare.
 
-    first, second: `cosines` as the ensemble stage stores them. Of the result, a row a picture in the order of first:
-    split, source, id, first's fold and group, and for each model that both have, MODEL_a and MODEL_b, its cosines.
-    Raises ValueError where no picture, or no model, is in both.
+    first, second: `cosines` as the ensemble stage stores them. The result has one row for each image, in the
+    order of first: split, source, id, first's fold and group, and for each model that both have its cosines, MODEL_a
+    and MODEL_b.
+    Raises ValueError where no image, or no model, is in both.
     """
     models = [name for name in first.columns if name in second.columns and name not in FACTS]
     parts = [table[table.scored] for table in (first, second)]
     both = parts[0].merge(parts[1], on=KEY, suffixes=("_a", "_b"), validate="one_to_one")
     if both.empty or not models:
-        raise ValueError("A and B have no scored picture, or no model, in common: their `source` and `id` must agree")
+        raise ValueError("A and B have no scored image, or no model, in common: their `source` and `id` must agree")
     notes = []
-    for split, place in (("train", "train pictures"), ("test", "test pictures")):
+    for split, place in (("train", "train images"), ("test", "test images")):
         counts = [int((table.split == split).sum()) for table in (*parts, both)]
         if min(counts) < max(counts):
             notes.append(f"{place}: {counts[0]} scored in A, {counts[1]} in B; compared on the {counts[2]} of both")
@@ -58,8 +59,8 @@ def verdict(low: float, high: float) -> str:
 def differences(pairs: pd.DataFrame) -> pd.DataFrame:
     """Paired differences of `pair`'s table: a row for each model and each of `oof`, the folds and `test`.
 
-    Columns: model, on, pictures, a, b (mean cosines), difference (b - a), its 95% interval low, high (over whole
-    groups of similar prompts), and the verdict on B.
+    Columns: model, on, images (their number), a, b (mean cosines), difference (b - a), its 95% interval low, high
+    (over whole groups of similar prompts), and the verdict on B.
     """
     train, test = pairs[pairs.split == "train"], pairs[pairs.split == "test"]
     places = {"oof": train} | {f"fold_{fold}": rows for fold, rows in train.groupby("fold")} | {"test": test}
@@ -70,13 +71,13 @@ def differences(pairs: pd.DataFrame) -> pd.DataFrame:
                 a, b = rows[f"{model}_a"].astype(float), rows[f"{model}_b"].astype(float)
                 low, high = bootstrap_interval(b - a, rows.group)
                 found.append((model, place, len(rows), a.mean(), b.mean(), (b - a).mean(), low, high))
-    columns = ["model", "on", "pictures", "a", "b", "difference", "low", "high"]
+    columns = ["model", "on", "images", "a", "b", "difference", "low", "high"]
     table = pd.DataFrame(found, columns=columns)
     return table.assign(verdict=[verdict(row.low, row.high) for row in table.itertuples()])
 
 
 def differences_markdown(table: pd.DataFrame) -> str:
-    """The table of `differences` for people: one of all pictures with the verdict, one by fold."""
+    """The result of `differences` as two Markdown tables: over all images with the verdict, and by fold."""
     places = list(dict.fromkeys(table.on))
     rows = {(row.model, row.on): row for row in table.itertuples()}
     models = list(dict.fromkeys(table.model))
@@ -101,9 +102,9 @@ def differences_markdown(table: pd.DataFrame) -> str:
 
 
 def most_changed(pairs: pd.DataFrame, model: str, n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The n pictures that B predicts most better than A, and the n most worse: at most; source, id, split, a, b.
+    """The at most n images that improve most from A to B, and the at most n that worsen most: split, source, id, a, b.
 
-    The largest change first; of equal ones the earlier row. A picture that did not change is in neither.
+    The largest change first; of equal ones the earlier row. An image that did not change is in neither.
     """
     table = pairs[KEY].assign(a=pairs[f"{model}_a"], b=pairs[f"{model}_b"])
     change = (table.b - table.a).sort_values(kind="stable")
@@ -112,13 +113,13 @@ def most_changed(pairs: pd.DataFrame, model: str, n: int) -> tuple[pd.DataFrame,
 
 
 def results(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The table of several models, each on the same pictures, in the order given; the first is what others are held to.
+    """The table of several models, each on the same images, in the order given; the others are compared with the first.
 
-    rows: name -> split, source, id, fold, group and `cosine`, a scored picture a row. Of the result: row, test (NaN
-    where test prompts are unknown), oof, its 95% interval oof_low, oof_high, oof_std (over folds, ddof 0); then the
-    paired differences, each with its 95% interval _low, _high: vs_above and vs_clip (to the row above and to the first
-    one, out of fold), test_vs_clip (to the first one on test). Intervals draw whole groups of similar prompts.
-    Raises ValueError where two rows are not on the same pictures and folds.
+    rows: name -> split, source, id, fold, group and `cosine`, one row for each scored image. Columns of the
+    result: row, test (NaN where test prompts are unknown), oof, its 95% interval oof_low, oof_high, oof_std (over
+    folds, ddof 0); then the paired differences, each with its 95% interval _low, _high: vs_above and vs_first
+    (to the row above and to the first one, out of fold), test_vs_first (to the first one on test). Intervals
+    resample whole groups of similar prompts. Raises ValueError where two rows are not on the same images and folds.
     """
     found: list[dict[str, object]] = []
     first = above = None
@@ -127,22 +128,24 @@ def results(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         first = ordered if first is None else first
         facts = [*KEY, "fold", "group"]
         if not ordered[facts].equals(first[facts]):
-            raise ValueError(
-                f"{name} is scored on other pictures or folds than {next(iter(rows))}: they do not compare"
-            )
+            raise ValueError(f"{name} is scored on other images or folds than {next(iter(rows))}: they do not compare")
         train, test = (ordered[ordered.split == split] for split in ("train", "test"))
         scores = fold_scores(train.cosine.to_numpy(), train.fold.to_numpy(), sorted(set(train.fold)))
         line = {"row": name, "test": test.cosine.mean(), "oof": scores["oof"]}
         line["oof_low"], line["oof_high"] = bootstrap_interval(train.cosine, train.group)
         line["oof_std"] = scores["std"]
-        for kind, other, own in (("vs_above", above, train), ("vs_clip", first, train), ("test_vs_clip", first, test)):
+        for kind, other, own in (
+            ("vs_above", above, train),
+            ("vs_first", first, train),
+            ("test_vs_first", first, test),
+        ):
             if other is not None and other is not ordered and len(own):
                 gain = own.cosine - other.cosine[own.index]
                 low, high = bootstrap_interval(gain, own.group)
                 line |= {kind: gain.mean(), f"{kind}_low": low, f"{kind}_high": high}
         found.append(line)
         above = ordered
-    kinds = ("vs_above", "vs_clip", "test_vs_clip")
+    kinds = ("vs_above", "vs_first", "test_vs_first")
     columns = ["row", "test", "oof", "oof_low", "oof_high", "oof_std"]
     columns += [f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")]
     return pd.DataFrame(found).reindex(columns=columns)

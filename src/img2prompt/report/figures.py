@@ -1,4 +1,4 @@
-"""What people would rather look at than read of the scores."""
+"""Figures of the scores, as PNG files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {
-    "constant": "#9aa0a6", "ridge": "#e6ab02", "clip": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02",
+    "constant": "#9aa0a6", "ridge": "#e6ab02", "linear": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02",
     "ensemble": "#7b3294",
 }  # fmt: skip
 
@@ -26,14 +26,14 @@ def draw_scores(
     thresholds: pd.DataFrame,
     threshold: float,
 ) -> None:
-    """Draw fold scores, the alpha curve, training and the dedup table as a PNG; equal inputs are equal bytes.
+    """Draw fold scores, the alpha curve, training and the dedup table as a PNG; equal inputs give equal bytes.
 
     Args:
         path: of the PNG.
-        fold_scores: `fold`, then a column of mean cosines a model.
+        fold_scores: `fold`, then a column of mean cosines for each model.
         alpha: the best share of Model A's family out of fold.
-        curve: `alpha`, `score`, the best at that share.
-        histories: `epoch`, then a column of mean cosines a head.
+        curve: `alpha`, `score`, the best mean cosine at that share.
+        histories: `epoch`, then a column of mean cosines for each head.
         thresholds: `threshold`, `kept`, `share`.
         threshold: the one that training used.
     """
@@ -59,7 +59,7 @@ def draw_scores(
 
 
 def draw_results(path: Path, table: pd.DataFrame, ours: int) -> None:
-    """Draw the table of `comparison.results` as a PNG: scores, and what each row gains on the first.
+    """Draw the table of `comparison.results` as a PNG: scores, and what each row gains over the first.
 
     The last `ours` rows stand below a line. Test scores are drawn where they are known.
     """
@@ -67,17 +67,17 @@ def draw_results(path: Path, table: pd.DataFrame, ours: int) -> None:
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 1.2 + 0.32 * len(table)), layout="constrained")
         scores, gains = figure.subplots(1, 2, sharey=True)
-        for axes, oof, test in ((scores, "oof", "test"), (gains, "vs_clip", "test_vs_clip")):
+        for axes, oof, test in ((scores, "oof", "test"), (gains, "vs_first", "test_vs_first")):
             width = np.abs(table[[f"{oof}_low", f"{oof}_high"]].to_numpy().T - table[oof].to_numpy())
             axes.errorbar(
-                table[oof], places + 0.12, xerr=width, fmt="o", color=COLOURS["clip"], label="out of fold, 95%"
+                table[oof], places + 0.12, xerr=width, fmt="o", color=COLOURS["linear"], label="out of fold, 95%"
             )
             axes.plot(table[test], places - 0.12, "D", color=COLOURS["model_b"], fillstyle="none", label="test")
             axes.axhline(len(table) - ours - 0.5, color="black", linewidth=0.8)
         gains.axvline(0, color="black", linewidth=0.8, linestyle=":")
         scores.set(xlabel="mean cosine", yticks=places, yticklabels=table.row)
         scores.invert_yaxis()
-        gains.set(xlabel=f"minus {table.row[0]}, picture by picture")
+        gains.set(xlabel=f"minus {table.row[0]}, image by image")
         figure.legend(*scores.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
 

@@ -11,7 +11,7 @@ from img2prompt.core.metric import bootstrap_interval
 
 
 def fold_scores(cosines: np.ndarray, fold: np.ndarray, fold_ids: Sequence[int]) -> dict[str, float]:
-    """Means of cosines (n,) of out-of-fold predictions, given for scored rows, by fold (n,).
+    """Mean cosines of out-of-fold predictions by fold; cosines (n,) and fold (n,) are of the scored rows only.
 
     `fold_0` .. for each of fold_ids, `mean` and `std` (ddof 0) over those, and `oof` over all rows at once.
     Raises ValueError for a fold without rows.
@@ -32,9 +32,9 @@ def fold_scores(cosines: np.ndarray, fold: np.ndarray, fold_ids: Sequence[int]) 
 def scores_table(cosines: pd.DataFrame, models: Sequence[str], fold_ids: Sequence[int]) -> str:
     """A Markdown table of the scores: one row for each of models, in the order given.
 
-    cosines: a row a picture; `split` (train or test), `fold`, `group`, `scored`, and a column a model with the cosine
-    of its prediction. Columns of the table: the `fold_scores`, `oof` with its 95% interval, and, where there are
-    scored test rows, the same of those. Intervals are over whole groups of similar prompts.
+    cosines: one row for each image, with `split` (train or test), `fold`, `group`, `scored`, and for each model a
+    column with the cosine of its prediction. Columns of the table: the `fold_scores`, `oof` with its 95% interval, and,
+    where there are scored test rows, `test` with its own. Intervals are over whole groups of similar prompts.
     """
     scored = cosines[cosines.scored]
     train, test = scored[scored.split == "train"], scored[scored.split == "test"]
@@ -59,8 +59,8 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def gain_over_best_member(cosines: pd.DataFrame, members: Sequence[str]) -> str:
     """A line of text: the ensemble minus its best member, out of fold and, where there are test rows, on test.
 
-    cosines: as in `scores_table`, with the column `ensemble`. The best member is the best on the very rows: the
-    hardest to beat. Intervals are of the paired differences.
+    cosines: as in `scores_table`, with the column `ensemble`. The best member is the best on these same rows,
+    which makes it the hardest to beat. Intervals are of the paired differences.
     """
     parts = []
     for split, place in (("train", "out of fold"), ("test", "on test")):

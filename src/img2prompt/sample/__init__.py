@@ -1,1 +1,1 @@
-"""The competition made on the spot."""
+"""The sample competition: scenes drawn at random, as prompts and images, and a CLIP for them."""

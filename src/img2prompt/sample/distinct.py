@@ -1,4 +1,4 @@
-"""Rows that are no near-duplicates of others."""
+"""Selects rows that are no near-duplicates of others."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from itertools import islice
 
 import numpy as np
 
-from img2prompt.sample.scenes import Row
+from img2prompt.sample.scenes import PromptedScene
 
 _CHUNK = 2048  # candidates embedded at once
 _BLOCK = 8192  # rows of a matrix compared at once: 4,096 x 8,192 cosines are 128 MiB
 
 
 def _largest(queries: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
-    """For each of `queries` (q, d) the largest cosine to any row of `others`; -1 where there is none. (q,)"""
+    """(q,) float32: the largest cosine of each of `queries` (q, d) with any row of `others`; -1 without any."""
     largest = np.full(len(queries), -1.0, np.float32)
     for other in others:
         for start in range(0, len(other), _BLOCK):
@@ -23,29 +23,30 @@ def _largest(queries: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def apart(
-    rows: Iterable[Row],
+    rows: Iterable[PromptedScene],
     n: int,
     others: Sequence[np.ndarray],
     encode: Callable[[list[str]], np.ndarray],
     threshold: float = 0.85,
     distinct: bool = True,
-) -> list[Row]:
+) -> list[PromptedScene]:
     """The first `n` of `rows` that are no near-duplicates of `others`, nor (`distinct`) of one another.
 
-    `others` are matrices (m, d) float32 of unit rows, and `encode` gives such a matrix for texts. A row is
+    `others` are matrices (m, d) float32 with rows of norm 1, and `encode` gives such a matrix for texts. A row is
     kept if the cosines of both its prompt and its visible text are at most `threshold`.
-    Raises ValueError if `rows` end, or 20 n of them were looked at, before n are kept.
+
+    Raises ValueError if `rows` end, or 20 n of them were compared, before n are kept.
     """
-    kept: list[Row] = []
+    kept: list[PromptedScene] = []
     known = list(others)
     candidates = islice(rows, 20 * n)
     while len(kept) < n:
-        # Some are refused; the encoder is quickest with many texts at once.
+        # More than are wanted, as some are refused; the encoder is fastest with many texts at once.
         chunk = list(islice(candidates, min(_CHUNK, 2 * (n - len(kept)))))
         if not chunk:
             raise ValueError(
-                f"only {len(kept)} of {n} rows wanted are within cosine {threshold} of no other row: "
-                "fewer rows, a higher threshold or a larger vocabulary is needed"
+                f"only {len(kept)} of {n} rows were found that have no cosine above {threshold} with another row: "
+                "ask for fewer rows, or raise the threshold or enlarge the vocabulary"
             )
         # (2c, d): a row's prompt and, below it, its visible text
         texts = np.asarray(encode([text for row in chunk for text in (row.prompt, row.visible)]), np.float32)

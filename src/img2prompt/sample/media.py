@@ -1,4 +1,4 @@
-"""Media: (h, w, 3) float32 in [0, 255] to the same; the caller clips results beyond the range."""
+"""Media: each function maps float32 pixels (h, w, 3) in [0, 255] to (h, w, 3); `to_image` clips the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Medium = Callable[[Pixels, Random], Pixels]
 
 
 def to_image(pixels: Pixels) -> Image.Image:
-    """Clip to [0, 255] and round."""
+    """Pixels (h, w, 3) as an RGB image: clipped to [0, 255] and truncated to uint8."""
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -25,7 +25,7 @@ def _filtered(pixels: Pixels, kind: ImageFilter.Filter) -> Pixels:
 
 
 def luminance(pixels: Pixels) -> Pixels:
-    """Luminance, (h, w, 1)."""
+    """Luminance of pixels (h, w, 3): (h, w, 1), in the same units."""
     return (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
 
 
@@ -39,7 +39,7 @@ def _edges(pixels: Pixels) -> Pixels:
 
 @lru_cache(maxsize=32)
 def grain(size: int, cells: int, seed: int = 0) -> Pixels:
-    """Smooth noise with `cells` bumps a side: (size, size, 1) float32 in [0, 1]."""
+    """Smooth noise with `cells` bumps along each side: (size, size, 1) float32, mostly in [0, 1]."""
     noise = np.random.default_rng(seed).random((cells, cells), np.float32)
     return np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC))[..., None]
 
@@ -80,19 +80,19 @@ def _celled(pixels: Pixels, count: int, rng: Random) -> tuple[Pixels, Pixels]:
 
 @lru_cache(maxsize=8)
 def coordinates(size: int) -> tuple[Pixels, Pixels]:
-    """Each pixel's y and x, (size, size, 1) each, as in a picture of 128 pixels a side."""
+    """Each pixel's y and x, (size, size, 1) float32 each, scaled as if the image were 128 pixels wide."""
     y, x = np.mgrid[:size, :size].astype(np.float32)[..., None] * (128 / size)
     return y, x
 
 
 def saturated(pixels: Pixels, gain: float) -> Pixels:
-    """The same luminance, colours `gain` times as strong."""
+    """Pixels (h, w, 3) of the same luminance, with colours `gain` times as strong; may leave [0, 255]."""
     light = luminance(pixels)
     return light + (pixels - light) * gain
 
 
 def _outlined(blocks: Pixels, pixels: Pixels) -> Pixels:
-    """A coarse version of the picture with its edges kept, so that a subject can still be told."""
+    """A coarse version of the image with its edges kept, so that a subject can still be told."""
     return blocks * (1 - 0.55 * _edges(pixels))
 
 
@@ -140,7 +140,7 @@ def _neon(pixels: Pixels, rng: Random) -> Pixels:
 
 
 def toned(dark: Rgb, bright: Rgb, pixels: Pixels, rng: Random) -> Pixels:
-    """Two colours, mixed by the luminance."""
+    """Pixels (h, w, 3) mixed from two colours by their luminance."""
     return _mixed(dark, bright, ((luminance(pixels) - 12) / 226).clip(0, 1))
 
 

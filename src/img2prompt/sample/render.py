@@ -19,7 +19,7 @@ from img2prompt.sample.sprites import BASE, Box, artwork, dressed, paste, shadow
 
 
 def render(scene: Scene, size: int = 128) -> Image.Image:
-    """The picture of a scene: RGB, `size` x `size` pixels. The same scene gives the same pixels."""
+    """The image of a scene: RGB, `size` x `size` pixels. The same scene gives the same pixels."""
     rng = Random(scene.seed)
     canvas = background(scene, size, rng)
     if scene.act == "spotlight":
@@ -37,13 +37,13 @@ def render(scene: Scene, size: int = 128) -> Image.Image:
 
 
 def jpeg(scene: Scene, size: int = 128, quality: int = 90) -> bytes:
-    """The picture of a scene as the bytes of a JPEG file."""
+    """The image of a scene as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     render(scene, size).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-# The boxes of a relation's two subjects, and the order in which they are drawn: "ba" puts the first in front.
+# The boxes of a relation's two subjects, and the order in which they are drawn: "ba" puts the first one in front.
 _PAIRS: dict[str, tuple[Box, Box, str]] = {
     "beside": ((0.27, 0.56, 0.5), (0.73, 0.56, 0.5), "ab"),
     "right": ((0.73, 0.56, 0.5), (0.27, 0.56, 0.5), "ab"),
@@ -69,7 +69,7 @@ _PAIRS: dict[str, tuple[Box, Box, str]] = {
     "equal": ((0.23, 0.56, 0.42), (0.77, 0.56, 0.42), "ab"),
     "gift": ((0.27, 0.6, 0.5), (0.74, 0.4, 0.38), "ab"),
 }
-# A glyph that tells what goes on between the two.
+# A glyph that shows the relation between the two subjects.
 _SIGNS: dict[str, tuple[str, Box]] = {
     "chase": ("💨", (0.92, 0.66, 0.22)),
     "fight": ("💥", (0.5, 0.4, 0.3)),
@@ -94,7 +94,7 @@ _GROUPS: dict[int, tuple[Box, ...]] = {
     5: tuple((x, y, 0.34) for x, y in ((0.2, 0.26), (0.8, 0.26), (0.5, 0.5), (0.2, 0.77), (0.8, 0.77))),
     9: tuple((x, y, 0.29) for x in (0.19, 0.5, 0.81) for y in (0.2, 0.51, 0.82)),
 }
-# The box of the subject and the boxes of an act's glyphs; "behind" and "under" stand before the subject.
+# The box of the subject and the boxes of an act's glyphs; those of some layouts are drawn before the subject.
 _ACTS: dict[str, tuple[Box, tuple[Box, ...]]] = {
     "above": ((0.5, 0.63, 0.6), ((0.5, 0.2, 0.36),)),
     "around": (
@@ -200,7 +200,7 @@ def _made(sprite: Image.Image, material: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _furniture(name: str) -> Image.Image:
-    """What some layouts put around a subject, on a transparent picture of the whole canvas."""
+    """What some layouts draw around a subject, as a transparent RGBA layer that covers the whole canvas."""
     layer = Image.new("RGBA", (256, 256))
     draw = ImageDraw.Draw(layer)
     white, dark = (255, 255, 255, 240), (24, 24, 28, 255)

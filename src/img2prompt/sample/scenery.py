@@ -23,7 +23,7 @@ _PAPERS: tuple[Rgb, ...] = (
 
 
 def background(scene: Scene, size: int, rng: Random) -> Image.Image:
-    """The canvas behind the subjects of a scene: its place, a look's swatch or paper, then its time and weather."""
+    """The canvas (RGB, `size` x `size`) behind a scene's subjects: place, look or paper, then time and weather."""
     if scene.place:
         canvas = _place(scene.place, size, scene.seed % _PLACE_VARIANTS).copy()
     elif scene.backdrop:
@@ -67,7 +67,7 @@ def _hazy(glyph: str, haze: Rgb) -> Image.Image:
 
 
 def _gradient(size: int, top: Rgb, bottom: Rgb, height: int) -> Image.Image:
-    """A square picture whose first `height` rows go from one colour to the other."""
+    """A square image whose first `height` rows go from one colour to the other."""
     share = np.linspace(0, 1, max(height, 1), dtype=np.float32)[:, None]
     rows = np.array(top) * (1 - share) + np.array(bottom) * share
     rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])[:, None]
@@ -75,7 +75,7 @@ def _gradient(size: int, top: Rgb, bottom: Rgb, height: int) -> Image.Image:
 
 
 def graded(canvas: Image.Image, top: Rgb, bottom: Rgb, share: float) -> Image.Image:
-    """The canvas mixed with a share of a vertical gradient."""
+    """The canvas blended with a vertical gradient from `top` to `bottom`, which has the weight `share` in [0, 1]."""
     return Image.blend(canvas, _gradient(canvas.width, top, bottom, canvas.width), share)
 
 
@@ -138,7 +138,7 @@ def spotlight(canvas: Image.Image) -> Image.Image:
 
 
 def draw_weather(canvas: Image.Image, weather: str, rng: Random) -> None:
-    """What falls or blows in front of the subjects."""
+    """Draw, in place, what falls or blows in front of the subjects."""
     draw, size = ImageDraw.Draw(canvas), canvas.width
     width = max(size // 96, 1)
     if weather in ("rain", "storm"):

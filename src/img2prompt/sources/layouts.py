@@ -1,4 +1,4 @@
-"""The layouts in which people have pictures and prompts, and how a source is recognised as one of them."""
+"""The supported layouts of images and prompts, and how a source's layout is recognised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from img2prompt.sources import tabular
 from img2prompt.sources.params import Source
 from img2prompt.sources.readers import (
-    PICTURE_COLUMNS,
+    IMAGE_COLUMNS,
     PROMPT_COLUMNS,
     Entry,
     count_files,
@@ -25,33 +25,34 @@ from img2prompt.sources.readers import (
     parts_of,
 )
 
-ALL = ("picture", "prompt", "fold")
+ALL = ("image", "prompt", "fold")
 SHARD = re.compile(r"\d+(\.parquet)?")
 
 
 class Layout(NamedTuple):
-    """A source that was recognised: its kind, its entries in order, about how many, the columns it can be told of."""
+    """A recognised source: its kind, its entries in order, roughly how many, and the columns that can be named."""
 
     name: str
     entries: Callable[[], Iterator[Entry]]
     count: Callable[[], int | None]
     columns: tuple[str, ...] = ()
-    texts: bool = False  # prompts without pictures
+    texts: bool = False  # prompts without images
 
 
 def recognise(source: Source, split: str) -> Layout:
     """Find the layout of a source; reading begins with `entries()`.
 
     Args:
-        source: a folder or a file, and names of columns where they are not the usual ones.
+        source: a folder or a file, and the names of its columns where they are not the usual ones.
         split: `train`, where prompts are needed, or `test`, where they are not.
 
     Raises:
-        FileNotFoundError, ValueError: nothing is there, it is in none of the layouts, or a table lacks a column.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the source is in none of the layouts, or a table lacks a column.
     """
     path = Path(source.path)
     layout = _recognise_file(path, source, split) if path.is_file() else _recognise_folder(path, source, split)
-    told = [name for name in ("picture", "prompt", "fold") if getattr(source, name) and name not in layout.columns]
+    told = [name for name in ("image", "prompt", "fold") if getattr(source, name) and name not in layout.columns]
     if told:
         raise ValueError(f"{path}: a source of the kind {layout.name} has no such columns: leave out {', '.join(told)}")
     return layout
@@ -90,14 +91,14 @@ def _recognise_file(path: Path, source: Source, split: str) -> Layout:
         raise ValueError(f"{path}: neither a folder nor {', '.join(tabular.SUFFIXES)}, .txt or .tar")
     known = tabular.columns(path)
     prompt = tabular.pick(path, known, source.prompt, PROMPT_COLUMNS)
-    # DiffusionDB's own table names pictures of parts that are elsewhere.
-    elsewhere = source.picture is None and {"image_name", "part_id"} <= set(known)
-    picture = None if elsewhere else tabular.pick(path, known, source.picture, PICTURE_COLUMNS)
-    for role, found, needed in (("prompt", prompt, split == "train" or not picture), ("picture", picture, not prompt)):
+    # DiffusionDB's own table names images of part folders that lie elsewhere.
+    elsewhere = source.image is None and {"image_name", "part_id"} <= set(known)
+    image = None if elsewhere else tabular.pick(path, known, source.image, IMAGE_COLUMNS)
+    for role, found, needed in (("prompt", prompt, split == "train" or not image), ("image", image, not prompt)):
         if needed and not found:
             what = tabular.missing_column(path, role, known)
             raise ValueError(f"{what}; or say which it is: {{path: {path}, {role}: COLUMN}}")
-    if picture is None:
+    if image is None:
         return Layout("texts", lambda: from_prompts(path, prompt), lambda: tabular.count(path), ("prompt",), texts=True)
     fold = tabular.pick(path, known, source.fold, ("fold",))
-    return Layout("table", lambda: from_table(path, picture, prompt, fold), lambda: tabular.count(path), ALL)
+    return Layout("table", lambda: from_table(path, image, prompt, fold), lambda: tabular.count(path), ALL)

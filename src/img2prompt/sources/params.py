@@ -11,7 +11,7 @@ from img2prompt.core.params import Count, Section, Seed, Share
 
 
 class Sample(Section):
-    """The embedded competition; train, test and CLIP pairs draw from separate streams of the seed."""
+    """The generated sample competition; train, test and CLIP pairs are drawn from separate streams of the seed."""
 
     n_train: Count
     n_test: Count
@@ -23,22 +23,22 @@ def _path_alone(value: object) -> object:
 
 
 class Source(Section):
-    """`sample`, a folder or a file; and the columns of its table, where they have other names than the usual."""
+    """`sample`, a folder or a file, and the columns of its table where their names are not the usual ones."""
 
     path: Annotated[str, Field(min_length=1)]
-    picture: str | None = None
+    image: str | None = None
     prompt: str | None = None
     fold: str | None = None
 
     @model_validator(mode="after")
     def _sample_has_no_columns(self) -> Self:
-        if self.path == "sample" and (self.picture or self.prompt or self.fold):
+        if self.path == "sample" and (self.image or self.prompt or self.fold):
             raise ValueError("`sample` has no columns to name; a folder of that name is ./sample")
         return self
 
 
 class PrepareParams(Section):
-    """Where pictures and prompts come from."""
+    """Where images and prompts come from."""
 
     train: Annotated[list[Annotated[Source, BeforeValidator(_path_alone)]], Field(min_length=1)]
     test: Annotated[Source, BeforeValidator(_path_alone)]

@@ -1,4 +1,4 @@
-"""One small reader for each layout, all yielding the same entries."""
+"""One reader for each layout; all yield entries of the same form."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from img2prompt.sources import tabular
 from img2prompt.sources.params import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-PICTURE_COLUMNS = ("file_name", "image", "picture", "filename", "image_path", "path", "file", "image_name")
+IMAGE_COLUMNS = ("file_name", "image", "picture", "filename", "image_path", "path", "file", "image_name")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Every reason for which something is set aside, and what it means.
 REASONS = {
     "broken file": "a file of many rows cannot be read, or only its beginning",
     "broken row": "a row with an open quote, too many or too few fields, or no JSON object",
     "not UTF-8": "an id, a prompt or a file's name has bytes that are not UTF-8",
-    "empty id": "no id, or no name of a picture",
+    "empty id": "no id, or no name of an image",
     "repeated id": "the source has the id already; the first row stays",
     "empty prompt": "nothing, white space or null",
-    "no prompt": "a picture that no row names",
+    "no prompt": "an image that no row names",
     "bad fold": "a fold that is no whole number from 0 on",
     "outside the folder": "an absolute path, one with `..`, or a link that leads out of the source",
-    "missing picture": "a row whose picture is not there",
-    "unreadable picture": "empty, cut short, no picture, or of absurd size",
+    "missing image": "a row whose image is not there",
+    "unreadable image": "empty, cut short, no image, or of absurd size",
     "not downloaded": "img2dataset lists it as failed",
 }  # fmt: skip
 
 
 class Entry(NamedTuple):
-    """One row of a source as it stands there; with a `reason`, what is wrong with it and how to mend it.
+    """One row of a source as it stands there; `reason` says what, if anything, is wrong, and `fix` how to mend it.
 
-    `row` counts as an editor or a spreadsheet does, 0 where there is no row. `picture` is a reference as
-    `pictures.read_picture` takes it; whether it can be read is not looked at here.
+    `row` counts as an editor or a spreadsheet does, and is 0 where there is no row. `image` is a reference that
+    `images.read_image` takes; whether it can be read is not checked here.
     """
 
     row: int
     id: str
-    picture: str | None
+    image: str | None
     prompt: str | None
     fold: str | None = None
     reason: str = ""
@@ -51,10 +51,15 @@ class Entry(NamedTuple):
 
 
 def from_kaggle(folder: Path, source: Source, split: str) -> Iterator[Entry]:
-    """images/ID.png, prompts.csv (imgId,prompt), and for test sample_submission.csv (imgId_eId,val)."""
+    """images/ID.png, prompts.csv (imgId,prompt), and for test sample_submission.csv (imgId_eId,val).
+
+    Raises:
+        FileNotFoundError: images/ is missing, or for `train` prompts.csv.
+        ValueError: a table lacks a column, or see `submission_ids`.
+    """
     images, table = folder / "images", folder / "prompts.csv"
     if not images.is_dir():
-        raise FileNotFoundError(f"{images}: no such folder; it holds the pictures as ID.png, .jpg or the like")
+        raise FileNotFoundError(f"{images}: no such folder; it holds the images as ID.png, .jpg or the like")
     if split == "train" and not table.is_file():
         raise FileNotFoundError(f"{table}: no such file; it holds the prompts, with the columns imgId,prompt")
     files, more = _files(images)
@@ -64,13 +69,13 @@ def from_kaggle(folder: Path, source: Source, split: str) -> Iterator[Entry]:
         # A Mac's file names may be decomposed where the table's ids are composed.
         file = files.get(unicodedata.normalize("NFC", name))
         if file is None:
-            aside = _outside(name) or ("missing picture", f"add {images}/{name}.png or delete the row")
+            aside = _outside(name) or ("missing image", f"add {images}/{name}.png or delete the row")
         else:
             aside = _leaves(root, file)
         return Entry(row, name, f"{images}/{file}", prompt, fold, *aside)
 
     def rows() -> Iterator[Entry]:
-        names = [source.picture or "imgId", source.prompt or "prompt"]
+        names = [source.image or "imgId", source.prompt or "prompt"]
         if fold := tabular.pick(table, tabular.columns(table), source.fold, ("fold",)):
             names.append(fold)
         for row, cells, wrong in tabular.read_table(table, names):
@@ -86,27 +91,27 @@ def from_kaggle(folder: Path, source: Source, split: str) -> Iterator[Entry]:
             seen.add(unicodedata.normalize("NFC", found.id))
             yield found
         for name, file in files.items():
-            if name not in seen and _is_picture(file):
-                yield entry(0, name)._replace(reason="no prompt", fix=f"add the picture's row to {table}")
+            if name not in seen and _is_image(file):
+                yield entry(0, name)._replace(reason="no prompt", fix=f"add the image's row to {table}")
     else:
         asked = submission_ids(folder / "sample_submission.csv")
-        wanted = asked or {name: None for name, file in files.items() if _is_picture(file)}
+        wanted = asked or {name: None for name, file in files.items() if _is_image(file)}
         for found in rows() if table.is_file() else ():
             if found.reason == "broken row" or not found.id.strip():
                 yield found
             elif wanted.get(found.id) is not None:
-                yield found._replace(reason="repeated id", fix="give each picture one row; the first was kept")
+                yield found._replace(reason="repeated id", fix="give each image one row; the first was kept")
             elif found.id in wanted or not asked:
                 wanted[found.id] = found
         for name, found in wanted.items():
             yield found or entry(0, name)
     for file in more:
-        fix = "give each picture a name of its own before the suffix; the first was kept"
+        fix = "give each image a name of its own before the suffix; the first was kept"
         yield Entry(0, _stem(file), f"{images}/{file}", None, None, "repeated id", fix)
 
 
 def submission_ids(path: Path) -> dict[str, Entry | None]:
-    """The ids that a sample submission asks for, as keys in its order; none without the file.
+    """The ids that a sample submission asks for, as keys in its order with the value None; empty without the file.
 
     Raises:
         ValueError: the file lacks its column `imgId_eId`, or has a row that is broken or names no element.
@@ -121,22 +126,22 @@ def submission_ids(path: Path) -> dict[str, Entry | None]:
     return ids
 
 
-def from_table(path: Path, picture: str, prompt: str | None, fold: str | None) -> Iterator[Entry]:
-    """A table with a column of pictures, relative to the table; so is Hugging Face's imagefolder."""
-    names = [picture, *(name for name in (prompt, fold) if name)]
+def from_table(path: Path, image: str, prompt: str | None, fold: str | None) -> Iterator[Entry]:
+    """A table with a column of image paths relative to the table, such as Hugging Face's imagefolder."""
+    names = [image, *(name for name in (prompt, fold) if name)]
     root = os.path.realpath(path.parent)
     for row, cells, wrong in tabular.read_table(path, names):
         if wrong:
             yield Entry(row, "", None, None, None, "broken row", wrong)
             continue
         values = dict(zip(names, cells, strict=True))
-        name = values[picture] or ""
+        name = values[image] or ""
         aside = _inside(root, name) if name.strip() else ()
         yield Entry(row, _stem(name), f"{path.parent}/{name}", values.get(prompt), values.get(fold), *aside)
 
 
 def from_diffusiondb(parts: list[Path], metadata: Path | None) -> Iterator[Entry]:
-    """part-000001/*.png with part-000001.json; of a part without it, the rows of metadata.parquet."""
+    """part-000001/*.png with part-000001.json; for a part without it, the rows of metadata.parquet."""
     missing: dict[str, Path] = {}
     for part in parts:
         index = part / f"{part.name}.json"
@@ -144,13 +149,13 @@ def from_diffusiondb(parts: list[Path], metadata: Path | None) -> Iterator[Entry
             missing[str(int(part.name.removeprefix("part-")))] = part
             continue
         try:
-            # As pairs: of a name that is repeated a dict would keep the last.
+            # As pairs, because a dict would keep only the last of repeated names.
             pairs = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
             if not isinstance(pairs, _Pairs):
                 raise ValueError("it must hold {file: {p: prompt}}")
         except (OSError, ValueError, RecursionError) as error:
-            pictures = sum(map(_is_picture, file_names(part)))
-            fix = f"mend {index}, which names {pictures} pictures or so ({error})"
+            images = sum(map(_is_image, file_names(part)))
+            fix = f"mend {index}, which names {images} images or so ({error})"
             yield Entry(0, part.name, None, None, None, "broken file", fix)
             continue
         rows = ((name, dict(value).get("p") if isinstance(value, _Pairs) else value) for name, value in pairs)
@@ -166,7 +171,7 @@ def from_diffusiondb(parts: list[Path], metadata: Path | None) -> Iterator[Entry
 
 
 class _Pairs(list):
-    """An object of JSON, repeated names and all."""
+    """A JSON object as (name, value) pairs, with repeated names kept."""
 
 
 def _part(part: Path, rows: Iterable[tuple[int, tuple[str, object]]], index: Path) -> Iterator[Entry]:
@@ -179,13 +184,13 @@ def _part(part: Path, rows: Iterable[tuple[int, tuple[str, object]]], index: Pat
         else:
             yield found._replace(reason="broken row", fix=f"write text as the prompt, not a {type(prompt).__name__}")
     for name in file_names(part):
-        if name not in seen and _is_picture(name):
-            fix = f"add the picture to {index}"
+        if name not in seen and _is_image(name):
+            fix = f"add the image to {index}"
             yield Entry(0, f"{part.name}/{_stem(name)}", f"{part}/{name}", None, None, "no prompt", fix)
 
 
 def from_webdataset(tars: list[Path]) -> Iterator[Entry]:
-    """img2dataset's webdataset: KEY.jpg, KEY.txt and KEY.json in tars; pictures stay inside."""
+    """img2dataset's webdataset: KEY.jpg, KEY.txt and KEY.json in tars; images are read from inside the tar."""
     for path in tars:
         row, read = 0, False
         try:
@@ -203,11 +208,11 @@ Member = tuple[str, int, int]  # suffix, offset, size
 
 
 def _samples(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes | None]]]]:
-    """Neighbours in a tar that share a name up to its first dot; of texts also the bytes."""
+    """Neighbouring members of a tar whose names agree up to the first dot; for small texts also the bytes."""
     with tarfile.open(path, "r:") as tar:
         key, members = None, []
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile keeps them all
+            tar.members.clear()  # tarfile would hold all of them in memory
             if not member.isreg():
                 continue
             folder, _, name = member.name.rpartition("/")
@@ -226,14 +231,14 @@ def _samples(path: Path) -> Iterator[tuple[str, list[tuple[Member, bytes | None]
 
 
 def _sample(path: Path, row: int, name: str, members: list[tuple[Member, bytes | None]]) -> Entry:
-    picture = next((f"{path}#{start}+{size}" for (suffix, start, size), _ in members if suffix in SUFFIXES), None)
-    aside = () if picture else (None, "missing picture", f"add it to {path}, beside its text")
+    image = next((f"{path}#{start}+{size}" for (suffix, start, size), _ in members if suffix in SUFFIXES), None)
+    aside = () if image else (None, "missing image", f"add it to {path}, beside its text")
     texts = {suffix: data for (suffix, _, _), data in members if data is not None}
-    return Entry(row, name, picture, _caption(texts), *aside)
+    return Entry(row, name, image, _caption(texts), *aside)
 
 
 def _caption(texts: dict[str, bytes]) -> str | None:
-    """The prompt of .txt or .caption, or else of .json."""
+    """The prompt from .txt or .caption, or else from .json; None without one."""
     for suffix in (".txt", ".caption"):
         if suffix in texts:
             return texts[suffix].decode("utf-8", "surrogateescape")
@@ -255,17 +260,17 @@ def from_img2dataset(shards: list[Path]) -> Iterator[Entry]:
             for row, (key, status, text), _ in tabular.read_table(index, ["key", "status", prompt]):
                 if status == "success" and key:
                     listed.add(key)
-                    aside = _leaves(root, files[key]) if key in files else ("missing picture", f"add {shard}/{key}.jpg")
+                    aside = _leaves(root, files[key]) if key in files else ("missing image", f"add {shard}/{key}.jpg")
                     yield Entry(row, f"{shard.name}/{key}", f"{shard}/{files.get(key)}", text, None, *aside)
-        for row, name in enumerate((n for n in files if n not in listed and _is_picture(files[n])), start=1):
+        for row, name in enumerate((n for n in files if n not in listed and _is_image(files[n])), start=1):
             texts = {s: f.read_bytes() for s in (".txt", ".json") if (f := shard / f"{name}{s}").is_file()}
-            picture = f"{shard}/{files[name]}"
-            yield Entry(row, f"{shard.name}/{name}", picture, _caption(texts), None, *_leaves(root, files[name]))
+            image = f"{shard}/{files[name]}"
+            yield Entry(row, f"{shard.name}/{name}", image, _caption(texts), None, *_leaves(root, files[name]))
         yield from _failures(index, shard.name)
 
 
 def _failures(index: Path, shard: str) -> Iterator[Entry]:
-    """What a shard's parquet says was not downloaded."""
+    """The rows that a shard's parquet lists as not downloaded."""
     if index.is_file() and {"key", "status", "error_message"} <= set(tabular.columns(index)):
         for row, (key, status, error), _ in tabular.read_table(index, ["key", "status", "error_message"]):
             if status != "success":
@@ -273,7 +278,7 @@ def _failures(index: Path, shard: str) -> Iterator[Entry]:
 
 
 def from_lines(path: Path) -> Iterator[Entry]:
-    """Prompts without pictures, one a line."""
+    """Prompts without images, one on each line."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for row, line in enumerate(file, start=1):
             if line.strip():
@@ -281,7 +286,7 @@ def from_lines(path: Path) -> Iterator[Entry]:
 
 
 def from_prompts(path: Path, prompt: str) -> Iterator[Entry]:
-    """Prompts without pictures, a column of a table."""
+    """Prompts without images, from a column of a table."""
     for row, cells, wrong in tabular.read_table(path, [prompt]):
         if wrong:
             yield Entry(row, str(row), None, None, None, "broken row", wrong)
@@ -296,44 +301,44 @@ def file_names(folder: Path) -> list[str]:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """DiffusionDB's parts: the folder itself, those in it, or those one further in."""
+    """DiffusionDB's part folders, sorted: the folder itself, those in it, and those one level deeper."""
     found = [folder, *folder.glob("part-*"), *folder.glob("*/part-*")]
     return sorted(part for part in found if re.fullmatch(r"part-\d{6}", part.name) and part.is_dir())
 
 
 def _files(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """A folder's files by their names without suffix (NFC), pictures before others, and second pictures of a name."""
+    """A folder's files by name without suffix (NFC), images first; and the further images of names already taken."""
     files: dict[str, str] = {}
     more = []
-    for file in sorted(file_names(folder), key=lambda file: not _is_picture(file)):
+    for file in sorted(file_names(folder), key=lambda file: not _is_image(file)):
         name = unicodedata.normalize("NFC", _stem(file))
-        if name and files.setdefault(name, file) != file and _is_picture(file):
+        if name and files.setdefault(name, file) != file and _is_image(file):
             more.append(file)
     return files, more
 
 
-def _is_picture(file: str) -> bool:
+def _is_image(file: str) -> bool:
     return file.lower().endswith(SUFFIXES)
 
 
 def _stem(name: str) -> str:
-    """A path without the suffix: the id of a picture that has no other."""
+    """A path without its suffix, which is the id of an image that has no other id."""
     return re.sub(r"\.[^./]*$", "", name)
 
 
 def _outside(name: str) -> tuple[str, str] | tuple[()]:
-    """Reason and fix of a path that is absolute or climbs."""
+    """The reason and the fix for a path that is absolute or has `..`; else ()."""
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) or ".." in re.split(r"[\\/]", name):
-        return "outside the folder", "move the picture into the source and name it by its path from there"
+        return "outside the folder", "move the image into the source and name it by its path from there"
     return ()
 
 
 def _leaves(root: str, name: str) -> tuple[str, str] | tuple[()]:
-    """Reason and fix of a path below `root` that links lead out of."""
+    """The reason and the fix where a link leads the path `name` out of `root`; else ()."""
     try:
         real = os.path.realpath(f"{root}/{name}")
     except ValueError:  # a null byte
-        return "missing picture", "no file can have that name"
+        return "missing image", "no file can have that name"
     if real.startswith(f"{root}/"):
         return ()
     return "outside the folder", f"copy {real} into the source in place of the link"
@@ -344,5 +349,5 @@ def _inside(root: str, name: str) -> tuple[str, str] | tuple[()]:
 
 
 def count_files(folders: Iterable[Path]) -> int:
-    """How many names there are in folders, of those that exist."""
+    """The number of names in all of the folders that exist."""
     return sum(len(file_names(folder)) for folder in folders if folder.is_dir())

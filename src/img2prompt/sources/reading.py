@@ -1,4 +1,4 @@
-"""Competitions as tables: what can be used, and what was set aside and why."""
+"""Reads sources into tables of rows: those that can be used, and those that are set aside and why."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from img2prompt.core.pictures import decode, read_picture
+from img2prompt.core.images import decode, read_image
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import ROWS, TEXTS, Row
 from img2prompt.sources.layouts import Layout, recognise
 from img2prompt.sources.params import Source
 from img2prompt.sources.readers import Entry
 
-# A test row stays for these, without its picture, and they do not count towards the limit.
-PICTURE_REASONS = frozenset({"outside the folder", "missing picture", "unreadable picture", "not downloaded"})
+# A test row with one of these stays, without its image, and does not count towards the limit.
+IMAGE_REASONS = frozenset({"outside the folder", "missing image", "unreadable image", "not downloaded"})
 CHUNK = 64  # rows that a thread checks at a time
-GROUP = 8192  # rows of parquet that are held before they are written
+GROUP = 8192  # rows of a parquet row group, held until they are written
 
 
 class SetAside(NamedTuple):
-    """A row that cannot be used, a line of quarantine.csv; `reason` is a key of `layouts.REASONS`."""
+    """A row that cannot be used, a line of quarantine.csv; `reason` is a key of `readers.REASONS`."""
 
     split: str
     source: str
@@ -41,18 +41,18 @@ class SetAside(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some rows of a source, and the digest of their pictures' bytes."""
+    """Some rows of a source, those set aside, and the SHA-256 of the images' bytes."""
 
     rows: list[Row]
     set_aside: list[SetAside]
-    pictures: bytes = b""
+    images: bytes = b""
 
 
 class Quarantine:
-    """quarantine.csv, written as rows are set aside, and how many there are of each reason."""
+    """quarantine.csv, written as rows are set aside, and the number of rows for each reason."""
 
     def __init__(self, path: Path) -> None:
-        # What is no UTF-8 must still be listed.
+        # Text that is not UTF-8 must still be listed.
         self._file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
         self._file.write(f"{','.join(SetAside._fields)}\n")
         # Quoted even where the csv module sees no need: it overlooks a lone carriage return.
@@ -60,35 +60,35 @@ class Quarantine:
         self.counts: Counter[str] = Counter()
 
     def add(self, rows: Iterable[SetAside]) -> None:
-        """List rows."""
+        """Write rows to the file and count their reasons."""
         for row in rows:
             self._csv.writerow(row)
             self.counts[row.reason] += 1
 
     def close(self) -> None:
-        """Make the file whole."""
+        """Write what is buffered and close the file."""
         self._file.close()
 
 
 def read(source: Source, split: str, max_quarantined: float = 1.0) -> Iterator[Batch]:
-    """Read the rows of a source, whatever its layout; every picture is decoded once.
+    """Read the rows of a source, whatever its layout; every image is decoded once.
 
-    For `train` a row needs a picture that can be read and a prompt. For `test` every id stays, in the
-    source's order. Memory holds the ids, and of all else a few hundred rows.
+    For `train` a row needs an image that can be read and a prompt. For `test` every id stays, in the
+    source's order. Memory holds all ids, and everything else for a few hundred rows only.
 
     Raises:
         FileNotFoundError, ValueError: the source is in no known layout, nothing in it can be used, more than the
-            share `max_quarantined` of its rows is set aside (pictures of `test` not counted), or it has no pictures.
+            share `max_quarantined` of its rows is set aside (images of `test` not counted), or it has no images.
     """
     layout = recognise(source, split)
     if layout.texts:
-        raise ValueError(f"{source.path}: prompts without pictures; prepare.{split} needs pictures")
+        raise ValueError(f"{source.path}: prompts without images; prepare.{split} needs images")
     screened = progress(_screen(layout, split), f"reading {source.path}", layout.count(), "row")
     yield from _within(_parallel(screened, source.path, split), source, split, max_quarantined)
 
 
 def read_texts(source: Source, max_quarantined: float = 1.0) -> Iterator[Batch]:
-    """Read prompts without pictures, each distinct one once; repeated ones are not set aside.
+    """Read prompts without images, each distinct one once; repeated ones are not set aside.
 
     Raises:
         FileNotFoundError, ValueError: as `read`.
@@ -99,27 +99,27 @@ def read_texts(source: Source, max_quarantined: float = 1.0) -> Iterator[Batch]:
 
 
 def is_texts(source: Source) -> bool:
-    """Whether a source holds prompts without pictures."""
+    """Whether a source holds prompts without images."""
     return source.path != "sample" and recognise(source, "train").texts
 
 
 @contextmanager
 def write_rows(path: Path, quarantine: Quarantine) -> Iterator[Writer]:
-    """Open a table of rows to write, whose parquet file is whole at the end of the block.
+    """Open a parquet table of rows for writing; the file is complete at the end of the block.
 
-    The pictures' digest stands in the file's metadata: pictures that change under the same names change
-    the file, and with it every later stage.
+    The digest of the images' bytes is in the file's metadata: where images change under the same names, the file
+    changes too, and later stages run again.
     """
     with pq.ParquetWriter(path, ROWS) as file:
         writer = Writer(file, quarantine)
         yield writer
         writer.flush(0)
-        file.add_key_value_metadata({"pictures_sha256": writer.pictures.hexdigest()})
+        file.add_key_value_metadata({"images_sha256": writer.images.hexdigest()})
 
 
 @contextmanager
 def write_texts(path: Path, quarantine: Quarantine) -> Iterator[Writer]:
-    """Open a table of prompts without pictures to write."""
+    """Open a parquet table of prompts without images for writing; the file is complete at the end of the block."""
     with pq.ParquetWriter(path, TEXTS) as file:
         writer = Writer(file, quarantine)
         yield writer
@@ -127,24 +127,24 @@ def write_texts(path: Path, quarantine: Quarantine) -> Iterator[Writer]:
 
 
 class Writer:
-    """A parquet table of rows that is written as they come."""
+    """Writes rows to a parquet table as they come."""
 
     def __init__(self, file: pq.ParquetWriter, quarantine: Quarantine) -> None:
         self._file, self._quarantine, self._held = file, quarantine, list[Row]()
-        self.pictures, self.count = hashlib.sha256(), 0
+        self.images, self.count = hashlib.sha256(), 0
 
     def add(self, batches: Iterable[Batch]) -> None:
-        """Write what can be used and list what cannot."""
+        """Write the rows that can be used and list the others in the quarantine."""
         for batch in batches:
             self._held += batch.rows
             self.count += len(batch.rows)
             self._quarantine.add(batch.set_aside)
-            self.pictures.update(batch.pictures)
+            self.images.update(batch.images)
             if len(self._held) >= GROUP:
                 self.flush(GROUP)
 
     def flush(self, whole: int) -> None:
-        """Write what is held; with `whole` only groups of that many rows."""
+        """Write the rows held, in row groups, as long as at least `whole` are left."""
         while self._held and len(self._held) >= whole:
             group = self._held[:GROUP]
             del self._held[:GROUP]
@@ -154,28 +154,28 @@ class Writer:
 
 
 def _screen(layout: Layout, split: str) -> Iterator[Entry]:
-    """What can be said of entries without their pictures: each with a reason is to be set aside."""
+    """Check entries without reading their images; those with a reason are to be set aside."""
     seen: set[str] = set()
     for entry in layout.entries():
         reason, fix = _fault(entry, split, seen)
         if reason:
             entry = entry._replace(reason=reason, fix=fix)
-        if entry.reason in ("", *PICTURE_REASONS):
+        if entry.reason in ("", *IMAGE_REASONS):
             seen.add(entry.id)
         yield entry
 
 
 def _fault(entry: Entry, split: str, seen: set[str]) -> tuple[str, str]:
-    if entry.reason and entry.reason not in PICTURE_REASONS:
+    if entry.reason and entry.reason not in IMAGE_REASONS:
         return entry.reason, entry.fix
     if not entry.id.strip():
-        return "empty id", "name the picture, or delete the row"
+        return "empty id", "name the image, or delete the row"
     try:
-        "\0".join(filter(None, (entry.id, entry.picture, entry.prompt))).encode()
+        "\0".join(filter(None, (entry.id, entry.image, entry.prompt))).encode()
     except UnicodeEncodeError:
         return "not UTF-8", "save the table as UTF-8 and give the file a name in UTF-8"
     if entry.id in seen:
-        return "repeated id", "give each picture one row and a name of its own; the first was kept"
+        return "repeated id", "give each image one row and a name of its own; the first was kept"
     if split == "test" or entry.reason:
         return entry.reason, entry.fix
     if _is_blank(entry.prompt):
@@ -186,7 +186,7 @@ def _fault(entry: Entry, split: str, seen: set[str]) -> tuple[str, str]:
 
 
 def _is_blank(prompt: str | None) -> bool:
-    """Whether nothing in a prompt shows: it is white space and control characters."""
+    """Whether a prompt is None or has nothing visible: only white space and control characters."""
     return prompt is None or not any(c.isprintable() and not c.isspace() for c in prompt)
 
 
@@ -202,7 +202,7 @@ def _distinct(entries: Iterable[Entry], name: str) -> Iterator[Batch]:
 
 
 def _parallel(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch]:
-    """Check pictures in threads (Pillow decodes outside the interpreter lock), results in order."""
+    """Check images in threads (Pillow decodes outside the interpreter lock), results in order."""
     entries = iter(entries)
     threads = os.cpu_count() or 1
     waiting: deque[Future[Batch]] = deque()
@@ -220,37 +220,37 @@ def _check(entries: Sequence[Entry], name: str, split: str) -> Batch:
     for entry in entries:
         reason, fix = entry.reason, entry.fix
         if not reason:
-            data, reason, fix = _look(entry.picture)
+            data, reason, fix = _look(entry.image)
             total.update(hashlib.sha256(data).digest())
         if reason:
             batch.set_aside.append(SetAside(split, name, entry.row, entry.id, reason, fix))
-        keeps = split == "test" and reason in PICTURE_REASONS
+        keeps = split == "test" and reason in IMAGE_REASONS
         if not reason or keeps:
             prompt = None if _is_blank(entry.prompt) else entry.prompt
             fold = int(entry.fold) if split == "train" and entry.fold else None
-            batch.rows.append(Row(entry.id, name, None if reason else entry.picture, prompt, fold))
-    return batch._replace(pictures=total.digest())
+            batch.rows.append(Row(entry.id, name, None if reason else entry.image, prompt, fold))
+    return batch._replace(images=total.digest())
 
 
 def _look(reference: str) -> tuple[bytes, str, str]:
-    """A picture's bytes, or why it cannot be used."""
+    """An image's bytes, and the reason and the fix where it cannot be used."""
     try:
-        data = read_picture(reference)
+        data = read_image(reference)
         decode(data)
     except (FileNotFoundError, NotADirectoryError):
-        return b"", "missing picture", f"add {reference} or delete the row"
+        return b"", "missing image", f"add {reference} or delete the row"
     except (OSError, ValueError) as error:
-        return b"", "unreadable picture", f"replace {reference} ({error})"
+        return b"", "unreadable image", f"replace {reference} ({error})"
     return data, "", ""
 
 
 def _within(batches: Iterator[Batch], source: Source, split: str, limit: float) -> Iterator[Batch]:
-    """The batches, unless too much of them is set aside or nothing is left."""
+    """Yield the batches; ValueError at the end where too many rows are set aside or none can be used."""
     used, counts, first = 0, Counter[str](), list[str]()
     for batch in batches:
         used += len(batch.rows)
         for row in batch.set_aside:
-            if row.reason == "not downloaded" or (split == "test" and row.reason in PICTURE_REASONS):
+            if row.reason == "not downloaded" or (split == "test" and row.reason in IMAGE_REASONS):
                 continue
             counts[row.reason] += 1
             if len(first) < 10:

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, JSON lines and parquet as text, a few at a time, whatever is wrong with single ones."""
+"""Reads rows of CSV, TSV, JSON lines and parquet as text, a few at a time; a broken row does not end the reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 4096  # rows of parquet at a time
 
 
 class Line(NamedTuple):
-    """A row as a spreadsheet numbers it, below the header; `wrong` says how to mend it, and then it has no cells."""
+    """A row, numbered as a spreadsheet does; a broken one has no cells, and `wrong` says how to mend it."""
 
     row: int
     cells: list[str | None]
@@ -27,10 +27,10 @@ class Line(NamedTuple):
 
 
 def columns(path: Path) -> list[str]:
-    """The columns of a table, in order; of JSON lines the keys of the first object.
+    """The columns of a table, in order; for JSON lines the keys of the first object.
 
     Raises:
-        ValueError: naming the file, which is empty or of another kind.
+        ValueError: the file is empty or of another kind; the message names it.
     """
     if path.suffix == ".parquet":
         return _parquet(path).schema_arrow.names
@@ -43,7 +43,7 @@ def pick(path: Path, known: Sequence[str], wanted: str | None, usual: Sequence[s
     """The column `wanted`, or else the first of the `usual` names that the table has; None without either.
 
     Raises:
-        ValueError: the column asked for is not there, or none but nearly one of the usual.
+        ValueError: `wanted` is not there; or none of the usual names is, but one that resembles them.
     """
     if wanted is not None:
         if wanted not in known:
@@ -57,18 +57,18 @@ def pick(path: Path, known: Sequence[str], wanted: str | None, usual: Sequence[s
 
 
 def missing_column(path: Path, wanted: str, known: Sequence[str], near: Sequence[str] = ()) -> str:
-    """What to say of a column that is not there."""
+    """The error message for a column that is not there; it suggests the most similar one."""
     near = near or difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
     return f"{path}: no column {wanted!r} among {list(known)}" + (f"; rename {near[0]!r}" if near else "")
 
 
 def read_table(path: Path, names: Sequence[str]) -> Iterator[Line]:
-    """Yield the cells of the named columns row by row, as text; what is empty or null in JSON and parquet is None.
+    """Yield the cells of the named columns row by row, as text; missing and null values of JSON and parquet are None.
 
-    Bytes that are not UTF-8 come as lone surrogates. An unclosed quote costs its own row, not those below.
+    Bytes that are not UTF-8 become lone surrogates. An unclosed quote breaks its own row, not those below.
 
     Raises:
-        ValueError: naming the file, which is of another kind or lacks a column.
+        ValueError: the file is of another kind or lacks a column; the message names it.
     """
     known = columns(path)
     for name in names:
@@ -94,7 +94,7 @@ def read_table(path: Path, names: Sequence[str]) -> Iterator[Line]:
 
 
 def count(path: Path) -> int:
-    """About how many rows a table has, for progress."""
+    """The approximate number of rows of a table, for the progress bar."""
     if path.suffix == ".parquet":
         return _parquet(path).metadata.num_rows
     with path.open("rb") as file:
@@ -105,7 +105,7 @@ def text(value: object) -> str | None:
     """A cell as text; null and NaN are None.
 
     Raises:
-        TypeError: a list or an object is no cell.
+        TypeError: the value is a list or an object, which is no cell.
     """
     if value is None or isinstance(value, str):
         return value
@@ -128,20 +128,20 @@ def _open(path: Path) -> TextIO:
 
 
 def _header(path: Path) -> tuple[str, list[str]]:
-    """A CSV's delimiter, the one that makes most of the header, and its columns."""
+    """A CSV's delimiter, the one that splits its header into the most cells, and its columns."""
     found: dict[str, list[str]] = {}
     for delimiter in DELIMITERS:
         with _open(path) as file:
             cells, wrong = next(_records(file, delimiter), ([], "it is empty"))
         found[delimiter] = [] if wrong else [cell.strip() for cell in cells]
-    delimiter = max(found, key=lambda key: len(found[key]))  # of equals the first
+    delimiter = max(found, key=lambda key: len(found[key]))  # the first of equals
     if not found[delimiter]:
         raise ValueError(f"{path}: it is empty, or its first line is broken; the first line names the columns")
     return delimiter, found[delimiter]
 
 
 class _Lines:
-    """The lines of a file, some of which can be given back."""
+    """An iterator over the lines of a file that can put lines back, to be read again."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._back, self.taken = file, deque[str](), list[str]()
@@ -159,7 +159,7 @@ class _Lines:
 
 
 def _records(file: TextIO, delimiter: str) -> Iterator[tuple[list[str], str]]:
-    """Yield each record's cells, as many as the first has, or none and what to mend."""
+    """Yield each record's cells, as many as the first has; for a broken record no cells, and how to mend it."""
     lines, width = _Lines(file), 0
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -178,7 +178,7 @@ def _records(file: TextIO, delimiter: str) -> Iterator[tuple[list[str], str]]:
                 yield cells, ""
                 continue
             wrong = f"{len(cells)} fields where the header has {width}: quote text that holds {delimiter!r}"
-        # A quote that is not closed takes all up to the next one: only its own line is lost.
+        # An unclosed quote swallows all lines up to the next quote: put them back, and lose only its own line.
         lines.give_back_all_but_first()
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         yield [], wrong
