@@ -25,7 +25,7 @@ check: $(STAMP)  ## check params.yaml
 
 submission: check  ## run the pipeline to outputs/submission.csv and show the scores
 	dvc repro
-	@cat outputs/ensemble/scores.md
+	@cat outputs/scores/scores.md
 
 test: check  ## run the tests, but for the slow ones
 	python -m pytest -m "not slow"

@@ -34,7 +34,10 @@ def image_size(references: Sequence[str]) -> int:
 
 
 def main(clip: ClipParams, embed_prompts: EmbedPromptsParams) -> None:
-    """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml."""
+    """Write the CLIPs that every later stage loads: folders 0, 1, ... in the order of params.yaml.
+
+    pairs.npy (p, 384): of the prompts that the sample's CLIPs have learned from, if any.
+    """
     where = device()
     with whole_folder(Path("outputs/clip")) as out:
         samples: dict[Path, tuple[str, int]] = {}
@@ -48,16 +51,18 @@ def main(clip: ClipParams, embed_prompts: EmbedPromptsParams) -> None:
                 samples[folder] = tower, size or image_size(some_images(99))
         if not samples:
             return
-        # The sample's CLIPs learn from images of their own: none of a prompt near one to train or test on.
-        near = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
+        # The sample's CLIPs learn from images of their own: none of a prompt near one to train on, or near one of the
+        # sample's test prompts, whatever is predicted later.
+        near = [np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "sample_test")]
         encode, sample = Encoder(embed_prompts.model, where), clip.sample
-        pairs = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
+        pairs, embeddings = apart(draw(sample.seed, stream=2), sample.pairs, near, encode, distinct=False)
         own = some_images(2000)  # enough for principal components
         names = {str(folder): tower for folder, tower in samples.items()}
         # What is trained depends on it all: a killed run goes on only if none of it has changed.
         key = [sample.model_dump_json(), where, repr(names), "\n".join(map(repr, pairs)), TRAIN, *CODE]
         resume = resume_folder("clip", *key)
         built = small_clip.build(pairs, own, samples, sample.epochs, sample.seed, where, resume)
+        np.save(out / "pairs.npy", embeddings)
     shutil.rmtree(RESUME / "clip")
     for folder, recall in built.items():
         print(f"clip {folder.name}, held-out pairs: {recall}")

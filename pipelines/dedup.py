@@ -18,7 +18,7 @@ TABLE = [round(0.70 + 0.05 * step, 2) for step in range(6)] + [0.99]
 def main(dedup: DedupParams) -> None:
     """Write kept.npy and scored.npy (n,) bool, texts_kept.npy (t,) bool, duplicates.csv, thresholds.csv."""
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
-    rows = read_rows(Path("outputs/prepare/train.parquet"))
+    rows = read_rows(Path("outputs/prepare/train.parquet"), ["id", "source", "prompt"])
     threshold, scored = dedup.threshold, dedup.scored
     # Prompts without images come last: they are dropped for the images', never the other way round.
     everything = np.concatenate([targets, texts])
@@ -38,15 +38,13 @@ def main(dedup: DedupParams) -> None:
         np.save(out / "kept.npy", train)
         np.save(out / "scored.npy", kept[scored])
         np.save(out / "texts_kept.npy", train_texts)
-        pd.DataFrame(
-            {
-                "dropped": rows.id.to_numpy()[pairs.dropped],
-                "dropped_source": rows.source.to_numpy()[pairs.dropped],
-                "kept": rows.id.to_numpy()[pairs.kept],
-                "kept_source": rows.source.to_numpy()[pairs.kept],
-                "cosine": pairs.cosine.round(7),
-            }
-        ).to_csv(out / "duplicates.csv", index=False)
+        sides = {side: rows.iloc[pairs[side]] for side in ("dropped", "kept")}
+        columns = {
+            f"{side}_{column}".removesuffix("_id"): of_side[column].to_numpy()
+            for side, of_side in sides.items()
+            for column in ("id", "source", "prompt")
+        }
+        pd.DataFrame(columns | {"cosine": pairs.cosine.round(7).to_numpy()}).to_csv(out / "duplicates.csv", index=False)
         pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
     print(
         f"kept {train.sum()} of {len(targets)} prompts"

@@ -1,116 +1,54 @@
-"""ensemble: all members joined by weights found out of fold, and every model's scores."""
+"""ensemble: the members' weights, found out of fold, and every model's cosines with the train targets."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from img2prompt.core.device import device
 from img2prompt.core.metric import cosine
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import read_json, whole, whole_folder, write_json
+from img2prompt.core.storage import whole_folder
 from img2prompt.ensemble.constant import constant
-from img2prompt.ensemble.members import members_of, read_models
+from img2prompt.ensemble.members import members_of, read_oof
+from img2prompt.ensemble.mixture import Mixture
 from img2prompt.ensemble.params import EnsembleParams
-from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, search_weights, spread
-from img2prompt.prompts.dedup import max_cosine
-from img2prompt.prompts.folds import components, similarity_forest
-from img2prompt.prompts.params import DedupParams
-from img2prompt.report.figures import draw_scores
-from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_table
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, search_weights
 from pipelines import run
 
+OUTPUTS = Path("outputs")
 
-def main(ensemble: EnsembleParams, dedup: DedupParams) -> None:
-    """Write ensemble/ (see below) and scores.json.
 
-    test.npy (m, 384): the ensemble. cosines.parquet: a row an image, a column a model with the cosine of its
-    prediction, out of fold or on test. members.csv: the members' weights. alpha.csv, fold_scores.csv, histories.csv:
-    what scores.png draws. scores.md: the table.
+def main(ensemble: EnsembleParams) -> None:
+    """Write weights.json and constant.npy, members.csv, alpha.csv and oof.parquet.
+
+    members.csv: the weights in use, and those that are best out of fold whatever `ensemble.alpha` says. alpha.csv: the
+    best score at each share of Model A's family. oof.parquet: a row a train image, a column a model with the cosine of
+    its out-of-fold prediction.
     """
-    targets = np.load("outputs/embed_prompts/train.npy")
-    train_rows, test_rows = (read_rows(Path(f"outputs/prepare/{split}.parquet")) for split in ("train", "test"))
-    table = pd.read_parquet("outputs/folds/folds.parquet")
-    fold, group, ids = table.fold.to_numpy(), table.group.to_numpy(), sorted(set(table.fold))
-    clips = len(list(Path("outputs/knn").iterdir()))
-    kept, scored = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/scored.npy")
-    test_targets = np.load("outputs/embed_prompts/test.npy")
-    known = len(test_targets) > 0
-
-    mean_oof, mean = constant(targets, fold, ids, kept)
-    models = {"constant": (mean_oof, [np.tile(mean, (len(test_rows), 1))])} | read_models(
-        Path("outputs"), clips, fold, ids
-    )
-    oof = {name: found for name, (found, _) in models.items()}
-    test = {name: np.mean(behind, axis=0) for name, (_, behind) in models.items()}
-
-    names = members_of(ensemble, clips)
+    targets = np.load(OUTPUTS / "embed_prompts/train.npy")
+    rows = read_rows(OUTPUTS / "prepare/train.parquet", ["source", "id"])
+    table = pd.read_parquet(OUTPUTS / "folds/folds.parquet")
+    fold, ids = table.fold.to_numpy(), np.unique(table.fold).tolist()
+    kept, scored = np.load(OUTPUTS / "dedup/kept.npy"), np.load(OUTPUTS / "dedup/scored.npy")
+    models = read_oof(OUTPUTS, fold)
+    names = members_of(ensemble, len(models) // 4)
     family = np.array([not name.startswith("model_b") for name in names])
     alpha = None if ensemble.alpha == "search" else ensemble.alpha
-    members = Cosines.between([oof[name] for name in names], targets)
+    members = Cosines.between([models[name] for name in names], targets)
     searched = search_weights(members[scored], family)
-    curve = alpha_curve(members[scored], family)
-    mixed, _ = cross_fitted(members, fold, scored, family, alpha)
-    # Out of fold one model predicts an image, on test the mean of all folds': a better one, by as much as they differ.
-    differ = spread([models[name][1] for name in names])
-    weights = search_weights(members[scored].bagged(differ), family, alpha)
-    test["ensemble"] = mix([test[name] for name in names], weights)
-    unreadable = test_rows.image.isna().to_numpy()
-    for predictions in test.values():
-        predictions[unreadable] = mean  # no image to look at
-
-    cosines = train_rows[["source", "id"]].assign(split="train", fold=fold, group=group, scored=scored)
-    cosines = cosines.assign(**{name: cosine(predictions, targets) for name, predictions in oof.items()})
-    cosines["ensemble"] = mixed
-    if known:
-        groups = read_json(Path("outputs/folds/folds.json"))["group_threshold"]
-        near = components(len(test_rows), similarity_forest(test_targets, groups), groups)
-        on_test = test_rows[["source", "id"]].assign(split="test", fold=-1, group=near, scored=True)
-        on_test = on_test.assign(**{name: cosine(predictions, test_targets) for name, predictions in test.items()})
-        cosines = pd.concat([cosines, on_test], ignore_index=True)
-    shown = [*models, "ensemble"]
-
-    train = cosines[(cosines.split == "train") & cosines.scored]
-    scores: dict[str, object] = {}
-    for name in shown:
-        scores[name] = fold_scores(train[name].to_numpy(), train.fold.to_numpy(), ids)
-        if known:
-            scores[name]["test"] = float(on_test[name].mean())
-    shares = {"alpha": float(weights[family].sum()), "alpha_searched": float(searched[family].sum())}
-    scores["ensemble"] |= shares
-    scores["folds"] = read_json(Path("outputs/folds/folds.json"))
-    scores["dedup"] = {"raw": len(kept), "kept": int(kept.sum())}
-    if known:
-        seen = np.concatenate([targets, np.load("outputs/embed_prompts/texts.npy")])
-        scores["dedup"]["max_test_train_cosine"] = max_cosine(test_targets, seen, device=device())
-    reasons = pd.read_csv("outputs/prepare/quarantine.csv", usecols=["reason"]).reason.value_counts()
-    scores["prepare"] = {"quarantined": int(reasons.sum()), **reasons.sort_index().to_dict()}
-
-    by_fold = pd.DataFrame({name: [scores[name][f"fold_{held_out}"] for held_out in ids] for name in shown})
-    by_fold.insert(0, "fold", ids)
-    histories = pd.DataFrame({
-        kind: pd.concat([
-            pd.read_csv(f"outputs/model_a/fold_{held_out}/0/{kind}_history.csv").score for held_out in ids
-        ], axis=1).mean(axis=1)
-        for kind in ("linear", "model_a")
-    })  # fmt: skip
-    histories.insert(0, "epoch", histories.index + 1)
-    thresholds = pd.read_csv("outputs/dedup/thresholds.csv")
-    agreement = np.sqrt(1 - np.diag(differ))
-    weighed = pd.DataFrame({"member": names, "weight": weights, "weight_oof": searched, "agreement": agreement})
-    with whole_folder(Path("outputs/ensemble")) as out:
-        np.save(out / "test.npy", test["ensemble"].astype(np.float32))
-        cosines.astype(dict.fromkeys(shown, np.float32)).to_parquet(out / "cosines.parquet", index=False)
-        report = f"{scores_table(cosines, shown, ids)}\n{gain_over_best_member(cosines, names)}"
-        (out / "scores.md").write_text(report, encoding="utf-8")
-        tables = {"alpha": curve, "members": weighed, "fold_scores": by_fold, "histories": histories}
-        for name, table in tables.items():
-            table.to_csv(out / f"{name}.csv", index=False)
-        draw_scores(
-            out / "scores.png", by_fold, shares["alpha_searched"], curve, histories, thresholds, dedup.threshold
-        )
-    with whole(Path("outputs/scores.json")) as path:
-        write_json(path, scores)
+    weights = searched if alpha is None else search_weights(members[scored], family, alpha)
+    mean_oof, mean = constant(targets, fold, ids, kept)
+    oof = rows.assign(split="train", fold=fold, group=table.group.to_numpy(), scored=scored)
+    for name, predictions in {"constant": mean_oof, **models}.items():
+        oof[name] = cosine(predictions, targets).astype(np.float32)
+    oof["ensemble"] = cross_fitted(members, fold, scored, family, alpha)[0].astype(np.float32)
+    with whole_folder(OUTPUTS / "ensemble") as out:
+        Mixture(dict(zip(names, weights.tolist(), strict=True)), mean, tuple(ids)).save(out)
+        weighed = pd.DataFrame({"member": names, "weight": weights, "weight_searched": searched})
+        weighed.to_csv(out / "members.csv", index=False)
+        alpha_curve(members[scored], family).to_csv(out / "alpha.csv", index=False)
+        oof.to_parquet(out / "oof.parquet", index=False)
+    print(weighed.round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

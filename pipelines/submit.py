@@ -12,8 +12,8 @@ from pipelines import run
 
 def main() -> None:
     """Write outputs/submission.csv (imgId_eId,val), checked before it takes its name."""
-    ids = read_rows(Path("outputs/prepare/test.parquet")).id
-    predictions = np.load("outputs/ensemble/test.npy")
+    ids = read_rows(Path("outputs/prepare_test/test.parquet")).id
+    predictions = np.load("outputs/scores/test.npy")
     with whole(Path("outputs/submission.csv")) as path:
         write_submission(path, ids, predictions)
         check_submission(path, ids, predictions.shape[1])

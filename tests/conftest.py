@@ -1,12 +1,20 @@
+import importlib
+import inspect
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 from PIL import Image
+
+from img2prompt.cli.check import load_params
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("long", max_examples=500, deadline=None)
@@ -65,4 +73,59 @@ def write_competition(folder: Path, n: int, seed: int) -> Path:
         Image.fromarray(pixels).save(folder / f"images/p{number:03d}.png")
         lines.append(f'p{number:03d},"a {colour} {things[number // 4 % 10]}, {things[number * 7 % 10]} {number}"')
     (folder / "prompts.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+LEARN = [
+    "prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "freeze", "model_a", "knn", "ensemble",
+]  # fmt: skip
+APPLY = ["prepare_test", "embed_test", "predict", "scores", "submit"]
+STAGES = [*LEARN, *APPLY]
+
+
+def stage(name, *arguments):
+    """Run one stage of the current folder, as `python -m pipelines.NAME` does."""
+    run, params = importlib.import_module(f"pipelines.{name}").main, load_params()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        run(**{section: getattr(params, section) for section in inspect.signature(run).parameters})
+
+
+def chain(stages=STAGES):
+    for name in stages:
+        if name == "model_a":
+            for fold in load_params().folds.ids:
+                stage(name, str(fold))
+        elif name == "predict":
+            for part in ("model_a", "knn"):
+                stage(name, part)
+        else:
+            stage(name)
+
+
+def change(**sections):
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    for section, changes in sections.items():
+        values[section] |= changes
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+
+
+def made_chain(folder: Path, clip: Path) -> Path:
+    """Run the chain on 60 train and 12 test images, one of the latter broken, in two folds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_competition(Path("input/train"), 60, seed=0)
+        test = write_competition(Path("input/test"), 12, seed=1)
+        (test / "images/p003.png").write_bytes(b"broken")
+        ids = [f"p{number:03d}" for number in reversed(range(12))]
+        lines = [f"{name}_{element},0" for name in ids for element in range(384)]
+        (test / "sample_submission.csv").write_text("\n".join(["imgId_eId,val", *lines]) + "\n")
+        Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+        change(
+            prepare={"train": ["input/train"], "test": "input/test"},
+            folds={"ids": [3, 7]},
+            clip={"model": str(clip)},
+            model_a={"unfreeze": 2, "head_epochs": 1, "tower_epochs": 2},
+        )
+        chain()
     return folder

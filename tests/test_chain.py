@@ -1,8 +1,6 @@
 """The whole chain on a tiny competition, stage by stage in one process."""
 
 import csv
-import importlib
-import inspect
 import json
 import os
 import shutil
@@ -15,66 +13,25 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from conftest import write_competition
+from conftest import APPLY, LEARN, STAGES, chain, change, made_chain, stage, write_competition
 from PIL import Image
 
 from img2prompt.cli import table
-from img2prompt.cli.check import load_params
 from img2prompt.cli.main import main
 from img2prompt.clip.model import load_clip
 from img2prompt.core.images import open_image
 from img2prompt.core.metric import cosine
 from img2prompt.core.storage import digest
 from img2prompt.ensemble.weights import mix
+from img2prompt.prompts.encoder import Encoder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAGES = ["prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "model_a", "knn", "ensemble", "submit"]
-
-
-def stage(name, *arguments):
-    """Run one stage of the current folder, as `python -m pipelines.NAME` does."""
-    run, params = importlib.import_module(f"pipelines.{name}").main, load_params()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        run(**{section: getattr(params, section) for section in inspect.signature(run).parameters})
-
-
-def chain(stages=STAGES):
-    for name in stages:
-        if name == "model_a":
-            for fold in load_params().folds.ids:
-                stage(name, str(fold))
-        else:
-            stage(name)
-
-
-def change(**sections):
-    values = yaml.safe_load(Path("params.yaml").read_text())
-    for section, changes in sections.items():
-        values[section] |= changes
-    Path("params.yaml").write_text(yaml.safe_dump(values))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_clip):
-    """A folder where the chain has run on 60 train and 12 test images, one of them broken. Nobody changes it."""
-    folder = tmp_path_factory.mktemp("chain")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_competition(Path("input/train"), 60, seed=0)
-        test = write_competition(Path("input/test"), 12, seed=1)
-        (test / "images/p003.png").write_bytes(b"broken")
-        ids = [f"p{number:03d}" for number in reversed(range(12))]
-        lines = [f"{name}_{element},0" for name in ids for element in range(384)]
-        (test / "sample_submission.csv").write_text("\n".join(["imgId_eId,val", *lines]) + "\n")
-        Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
-        change(
-            prepare={"train": ["input/train"], "test": "input/test"},
-            folds={"ids": [3, 7]},
-            clip={"model": str(tiny_clip)},
-            model_a={"unfreeze": 2, "head_epochs": 1, "tower_epochs": 2},
-        )
-        chain()
+    """A folder where the chain has run; nobody changes it."""
+    folder = made_chain(tmp_path_factory.mktemp("chain"), tiny_clip)
     before = digest(folder)
     yield folder
     assert digest(folder) == before, "a test changed the folder that all of them share"
@@ -117,7 +74,7 @@ def test_a_image_that_cannot_be_read_gets_the_mean_and_is_listed(home):
     mean = targets[kept].mean(0)
     values = np.array([float(row[1]) for row in submission()[1:]]).reshape(12, 384)
     assert np.allclose(values[12 - 1 - 3], mean / np.linalg.norm(mean), atol=1e-5)
-    quarantine = pd.read_csv("outputs/prepare/quarantine.csv")
+    quarantine = pd.read_csv("outputs/prepare_test/quarantine.csv")
     assert quarantine[["split", "id", "reason"]].values.tolist() == [["test", "p003", "unreadable image"]]
     assert scores()["prepare"] == {"quarantined": 1, "unreadable image": 1}
 
@@ -129,7 +86,11 @@ def test_scores_are_nested_as_documented(home):
         assert set(found[model]) == columns
     assert set(found["ensemble"]) == columns | {"alpha", "alpha_searched"}
     assert set(found["folds"]) == {"group_threshold", "max_cross_fold_cosine"}
-    assert set(found["dedup"]) == {"raw", "kept", "max_test_train_cosine"}
+    assert set(found["dedup"]) == {"raw", "kept"}
+    assert found["test"] == {
+        "images": 12, "unreadable": 1, "prompts_known": 12, "near_a_train": found["test"]["near_a_train"],
+        "max_train_cosine": found["test"]["max_train_cosine"],
+    }  # fmt: skip
     assert found["dedup"]["raw"] == 60
     two = [found["model_a"]["fold_3"], found["model_a"]["fold_7"]]
     assert found["model_a"]["mean"] == pytest.approx(np.mean(two))
@@ -144,7 +105,7 @@ def test_colours_are_learned(home):
 
 def test_scores_are_those_of_the_predictions(home):
     """The stored cosines, the scores and the files that they come from say the same."""
-    cosines = pd.read_parquet("outputs/ensemble/cosines.parquet")
+    cosines = pd.read_parquet("outputs/scores/cosines.parquet")
     train, test = cosines[cosines.split == "train"], cosines[cosines.split == "test"]
     targets, scored = np.load("outputs/embed_prompts/train.npy"), np.load("outputs/dedup/scored.npy")
     assert train.id.tolist() == pd.read_parquet("outputs/prepare/train.parquet").id.tolist()
@@ -156,7 +117,7 @@ def test_scores_are_those_of_the_predictions(home):
             assert np.allclose(train[model][fold == held_out], direct, atol=1e-6)
             assert scores()[model][f"fold_{held_out}"] == pytest.approx(direct[scored[fold == held_out]].mean())
     assert np.allclose(train.model_b, cosine(np.load("outputs/knn/0/oof.npy"), targets), atol=1e-6)
-    final = cosine(np.load("outputs/ensemble/test.npy"), np.load("outputs/embed_prompts/test.npy"))
+    final = cosine(np.load("outputs/scores/test.npy"), np.load("outputs/prepare_test/targets.npy"))
     assert np.allclose(test.ensemble, final, atol=1e-6)
     assert scores()["ensemble"]["test"] == pytest.approx(final.mean())
 
@@ -164,12 +125,10 @@ def test_scores_are_those_of_the_predictions(home):
 def test_weights_are_a_simplex_and_alpha_is_the_family_s_share(home):
     members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
     assert members.index.tolist() == ["model_a", "linear", "ridge", "model_b"]
-    for column, key in (("weight", "alpha"), ("weight_oof", "alpha_searched")):
+    for column, key in (("weight", "alpha"), ("weight_searched", "alpha_searched")):
         assert (members[column] >= 0).all()
         assert members[column].sum() == pytest.approx(1)
         assert scores()["ensemble"][key] == pytest.approx(1 - members[column]["model_b"])
-    assert members.agreement["model_b"] == 1
-    assert (members.agreement.drop("model_b") < 1).all()
 
 
 def test_neighbours_come_from_other_folds_and_kept_rows_only(home):
@@ -190,30 +149,55 @@ def test_again_the_same_bytes(copy):
 
 
 def test_test_prompts_decide_nothing(copy):
-    files = ["submission.csv", "knn/0/choice.json", "ensemble/members.csv", "ensemble/alpha.csv"]
-    chosen = {path: path.read_bytes() for path in map(Path("outputs").joinpath, files)}
-    known, before = Path("outputs/embed_prompts/test.npy"), scores()
-    np.save(known, np.load(known)[::-1])
-    chain(["clip", "embed_images", "model_a", "knn", "ensemble", "submit"])
+    before, submitted = scores(), Path("outputs/submission.csv").read_bytes()
+    targets = Path("outputs/prepare_test/targets.npy")
+    np.save(targets, np.load(targets)[::-1])
+    chain(["embed_test", "predict", "scores", "submit"])
     after = scores()
-    assert {path: path.read_bytes() for path in chosen} == chosen
+    assert Path("outputs/submission.csv").read_bytes() == submitted
     for model in ("ridge", "linear", "model_a", "model_b", "ensemble"):
         assert after[model].pop("test") != before[model].pop("test")
         assert after[model] == before[model]
 
 
-def test_without_test_prompts_nothing_is_scored_on_test(copy):
-    known = Path("outputs/embed_prompts/test.npy")
-    np.save(known, np.empty((0, 384), np.float32))
-    chain(["ensemble"])
-    assert "test" not in scores()["ensemble"]
-    assert "max_test_train_cosine" not in scores()["dedup"]
+def test_another_test_set_is_predicted_by_what_was_learned(copy):
+    """The apply side alone makes a submission, and reads nothing of train but what was learned."""
+    learned = {path: digest(path) for path in Path("outputs").iterdir() if path.name in LEARN}
+    write_competition(Path("input/other"), 9, seed=5)
+    change(prepare={"test": "input/other"})
+    chain(APPLY)
+    assert [row[0] for row in submission()[1::384]] == [f"p{number:03d}_0" for number in range(9)]
+    assert {path: digest(path) for path in learned} == learned
+    found = scores()["ensemble"]
+    assert found["test"] == pytest.approx(
+        cosine(np.load("outputs/scores/test.npy"), np.load("outputs/prepare_test/targets.npy")).mean()
+    )
+
+
+@pytest.mark.parametrize("known", [0, 5])
+def test_prompts_that_are_known_are_scored(copy, known):
+    table = Path("input/test/prompts.csv")
+    prompts = pd.read_csv(table).set_index("imgId")
+    prompts[:known].to_csv(table)
+    chain(["prepare_test", "scores"])
+    assert scores()["test"]["prompts_known"] == known
+    assert ("test" in scores()["ensemble"]) == (known > 0)
+    assert ("max_train_cosine" in scores()["test"]) == (known > 0)
+    if known:
+        cosines = pd.read_parquet("outputs/scores/cosines.parquet")
+        names = [f"p{number:03d}" for number in reversed(range(12))]
+        assert cosines[cosines.split == "test"].id.tolist() == names[12 - known :]
+        predicted = np.load("outputs/scores/test.npy")[12 - known :]
+        targets = np.load("outputs/prepare_test/targets.npy")
+        assert scores()["ensemble"]["test"] == pytest.approx(cosine(predicted, targets).mean())
+        whole = prompts.prompt[names[12 - known :]].tolist()
+        assert np.allclose(Encoder("all-MiniLM-L6-v2", "cpu")(whole), targets, atol=1e-6)
 
 
 def test_a_given_alpha_is_used_and_the_best_one_still_recorded(copy):
     searched = scores()["ensemble"]["alpha_searched"]
     change(ensemble={"alpha": 0.25})
-    chain(["ensemble"])
+    chain(["ensemble", "scores"])
     assert scores()["ensemble"]["alpha"] == pytest.approx(0.25)
     assert scores()["ensemble"]["alpha_searched"] == searched
 
@@ -221,11 +205,11 @@ def test_a_given_alpha_is_used_and_the_best_one_still_recorded(copy):
 def test_the_paper_s_ensemble_is_that_of_two_members(copy):
     before = scores()
     change(ensemble={"members": ["model_a", "model_b"], "alpha": 0.6})
-    chain(["ensemble"])
-    a = np.mean([np.load(f"outputs/model_a/fold_{f}/0/model_a_test.npy") for f in (3, 7)], axis=0)
-    expected = mix([a, np.load("outputs/knn/0/test.npy")], [0.6, 0.4])
+    chain(["ensemble", "scores"])
+    members = [np.load(f"outputs/predict/{name}.npy") for name in ("model_a/model_a", "knn/model_b")]
+    expected = mix(members, [0.6, 0.4])
     readable = np.arange(12) != 8  # p003, which is fourth from the end
-    assert np.allclose(np.load("outputs/ensemble/test.npy")[readable], expected[readable], atol=1e-6)
+    assert np.allclose(np.load("outputs/scores/test.npy")[readable], expected[readable], atol=1e-6)
     assert scores()["linear"] == before["linear"]
 
 
@@ -244,7 +228,11 @@ def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(copy):
 def test_the_table(copy, monkeypatch):
     """Its rows are the scores of the runs that their settings make; runs and rows are paired by name."""
     default, made, asked = Path("params.yaml").read_text(), {}, []
-    reruns = {name: STAGES[STAGES.index(name) :] for name in ("dedup", "model_a", "knn", "ensemble")}
+    after = ["ensemble", "predict", "scores"]
+    reruns = {
+        "dedup": ["dedup", "model_a", "knn", *after], "model_a": ["model_a", *after], "knn": ["knn", *after],
+        "ensemble": ["ensemble", "scores"],
+    }  # fmt: skip
     ran = [yaml.safe_load(default)]
 
     def experiment(name, settings):
@@ -259,9 +247,9 @@ def test_the_table(copy, monkeypatch):
             place[key] = yaml.safe_load(value)
         Path("params.yaml").write_text(yaml.safe_dump(values))
         needed = {stage for part in reruns if values[part] != ran[-1][part] for stage in reruns[part]}
-        chain([part for part in reruns if part in needed])
+        chain([part for part in STAGES if part in needed])
         ran.append(values)
-        made[name] = pd.read_parquet("outputs/ensemble/cosines.parquet"), scores()
+        made[name] = pd.read_parquet("outputs/scores/cosines.parquet"), scores()
         return True
 
     monkeypatch.setattr(table, "forget", lambda: None)
@@ -308,10 +296,10 @@ def test_augmentation_of_images_and_prompts_runs_and_is_reproducible(copy):
         model_a={"augmentation": {"crop": 0.2, "rotation": 10.0, "flip": 0.5}, "tower_epochs": 1},
         embed_prompts={"augmented": 2},
     )
-    stages = ["embed_prompts", "embed_images", "model_a"]
+    stages = ["embed_prompts", "embed_images", "freeze", "model_a"]
     chain(stages)
     assert np.load("outputs/embed_prompts/augmented.npy").shape == (2, 60, 384)
-    assert not Path("outputs/embed_images/0/train_frozen.npy").exists()
+    assert not Path("outputs/freeze/0/train_frozen.npy").exists()
     first = Path("outputs/model_a/fold_3/0/model_a_oof.npy").read_bytes()
     stage("model_a", "3")
     assert Path("outputs/model_a/fold_3/0/model_a_oof.npy").read_bytes() == first
@@ -409,14 +397,18 @@ def test_the_sample_and_its_clip(tmp_path, monkeypatch):
         prepare={"sample": {"n_train": 40, "n_test": 8, "seed": 3}},
         clip={"sample": {"pairs": 64, "epochs": 1, "seed": 0}},
     )
-    chain(["prepare", "embed_prompts", "clip"])
-    train, test = (pd.read_parquet(f"outputs/prepare/{split}.parquet") for split in ("train", "test"))
+    chain(["prepare", "embed_prompts", "clip", "prepare_test"])
+    train, test = (pd.read_parquet(f"outputs/{path}.parquet") for path in ("prepare/train", "prepare_test/test"))
     assert (len(train), len(test)) == (40, 8)
     assert open_image(test.image[7]).size == (128, 128)
     assert Image.open("outputs/prepare/examples.jpg").size[0] > 6 * 128
-    # No test prompt is nearly a train prompt.
-    embeddings = [np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")]
-    assert (embeddings[1] @ embeddings[0].T).max() <= 0.85
+    # No test prompt is nearly a train prompt, and no pair that the CLIP learns from is near one of either.
+    known = np.load("outputs/embed_prompts/train.npy")
+    targets, pairs = np.load("outputs/prepare_test/targets.npy"), np.load("outputs/clip/pairs.npy")
+    assert np.allclose(Encoder("all-MiniLM-L6-v2", "cpu")(test.prompt.tolist()), targets, atol=1e-5)
+    assert (targets @ known.T).max() <= 0.85
+    assert len(pairs) == 64
+    assert (pairs @ np.concatenate([known, targets]).T).max() <= 0.85
     assert load_clip(Path("outputs/clip/0"), "cpu").model.visual.image_size == (128, 128)
     first = Path("outputs/clip/0/open_clip_model.safetensors").read_bytes()
     chain(["clip"])
@@ -436,7 +428,7 @@ def test_several_clips_and_views(copy, tiny_clip):
         embed_prompts={"augmented": 0},
     )
     alone = np.load("outputs/knn/0/oof.npy")
-    chain(["embed_prompts", "clip", "embed_images", "model_a", "knn", "ensemble", "submit"])
+    chain(STAGES)
     seen = {
         (clip, view): np.load(f"outputs/embed_images/{clip}/train{view}_pooled.npy")
         for clip in (0, 1)
@@ -444,8 +436,8 @@ def test_several_clips_and_views(copy, tiny_clip):
     }
     assert all(array.shape == (60, 32) for array in seen.values())
     assert len({array.tobytes() for array in seen.values()}) == 6
-    assert Path("outputs/embed_images/0/train_frozen.npy").exists()
-    assert not Path("outputs/embed_images/1/train_frozen.npy").exists()  # its tower does not train
+    assert Path("outputs/freeze/0/train_frozen.npy").exists()
+    assert not Path("outputs/freeze/1/train_frozen.npy").exists()  # its tower does not train
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
     for name in ("ridge", "linear", "model_a"):
         first, second = (np.load(f"outputs/model_a/fold_3/{clip}/{name}_oof.npy") for clip in (0, 1))
@@ -462,9 +454,7 @@ def test_several_clips_and_views(copy, tiny_clip):
     expected = cosine(
         np.load("outputs/model_a/fold_3/1/linear_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
     )
-    assert np.allclose(
-        pd.read_parquet("outputs/ensemble/cosines.parquet").linear_1[:60][fold == 3], expected, atol=1e-6
-    )
+    assert np.allclose(pd.read_parquet("outputs/scores/cosines.parquet").linear_1[:60][fold == 3], expected, atol=1e-6)
     change(ensemble={"clips": [1]})
     chain(["ensemble"])
     assert pd.read_csv("outputs/ensemble/members.csv").member.tolist() == [f"{kind}_1" for kind in kinds]
@@ -475,7 +465,7 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(copy, tiny_c
         clip={"model": [str(tiny_clip), str(tiny_clip)], "image_size": [None, 64]},
         model_a={"unfreeze": [2, 0], "tta": ["flip", "larger"]},
     )
-    chain(["clip", "embed_images"])
+    chain(["clip", "embed_images", "freeze"])
     with pytest.raises(SystemExit, match="inner splits take three folds"):
         main(["search"])
     change(folds={"ids": [3, 7, 9]})
@@ -483,7 +473,7 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(copy, tiny_c
     with pytest.raises(SystemExit, match="the search wants unfreeze above 0"):
         main(["search", "--clip", "1"])
     change(model_a={"unfreeze": [2, 1]})
-    chain(["embed_images"])
+    chain(["freeze"])
     main(["search", "wise", "tta", "--apart", "--folds", "3", "--seeds", "2", "--clip", "1"])
     table = pd.read_csv("outputs/search.csv")
     model_a = table[table["head"] == "model_a"].set_index("changed")

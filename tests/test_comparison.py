@@ -151,10 +151,10 @@ def test_results_on_other_images_are_refused():
 
 DVC_YAML = """
 stages:
-  ensemble:
-    cmd: mkdir -p outputs/ensemble && cp ${cosines}.parquet outputs/ensemble/cosines.parquet
+  scores:
+    cmd: mkdir -p outputs/scores && cp ${cosines}.parquet outputs/scores/cosines.parquet
     params: [cosines]
-    outs: [outputs/ensemble/]
+    outs: [outputs/scores/]
 """
 
 
@@ -192,7 +192,7 @@ def test_experiments_and_revisions_are_read_from_dvc(repository, capsys):
     compare("more", "workspace")
     assert set(pd.read_csv("outputs/compare/compare.csv").verdict) == {"the same"}
     assert not Path("outputs/compare/ridge.png").exists()
-    with pytest.raises(SystemExit, match=r"nowhere: no outputs/ensemble/cosines\.parquet there .*`dvc exp show`"):
+    with pytest.raises(SystemExit, match=r"nowhere: no outputs/scores/cosines\.parquet there .*`dvc exp show`"):
         compare("HEAD", "nowhere")
     with pytest.raises(SystemExit):
         compare("HEAD")

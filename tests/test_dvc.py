@@ -97,8 +97,25 @@ def test_one_name_everywhere(stage):
     assert (REPOSITORY / f"pipelines/{stage}.py").is_file()
     assert STAGES[stage]["cmd"].startswith(f"python -m pipelines.{stage}")
     assert any(path.startswith(f"outputs/{stage}") or stage == "submit" for path in outputs(stage))
-    if stage in PARAMS:
+    if stage in PARAMS and stage != "prepare":
         assert stage in STAGES[stage]["params"], "the whole section, so that an unknown key reruns the stage"
+
+
+def test_prepare_s_section_is_shared_by_its_two_stages_key_by_key():
+    keys = {
+        key for stage in ("prepare", "prepare_test") for key in STAGES[stage]["params"] if key.startswith("prepare.")
+    }
+    assert keys == {f"prepare.{key}" for key in PARAMS["prepare"]}
+
+
+def test_nothing_that_learns_depends_on_what_is_predicted():
+    """Neither on `prepare.test` nor, through any number of stages, on what a stage makes of it."""
+    made_by = {path: stage for stage in STAGES for path in outputs(stage)}
+    apply = {"prepare_test", "embed_test", "predict", "scores", "submit"}
+    for stage in set(STAGES) - apply:
+        assert "prepare.test" not in STAGES[stage].get("params", [])
+        sources = {owner for dep in STAGES[stage]["deps"] for path, owner in made_by.items() if path.startswith(dep)}
+        assert not sources & apply, stage
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,7 +7,7 @@ import pytest
 from img2prompt.core.metric import bootstrap_interval, cosine, unit
 from img2prompt.ensemble.constant import constant
 from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, search_weights, spread
-from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_table
+from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_of, scores_table
 
 N, DIM = 300, 16
 rng = np.random.default_rng(0)
@@ -215,10 +215,15 @@ def test_constant_beats_other_constants():
 
 def test_fold_scores_by_hand():
     cosines, fold = np.array([1, 0, 0.6, 1]), np.array([0, 0, 2, 2])
-    scores = fold_scores(cosines, fold, [0, 2])
+    scores = fold_scores(cosines, fold)
     assert scores == pytest.approx({"fold_0": 0.5, "fold_2": 0.8, "mean": 0.65, "std": 0.15, "oof": 0.65})
-    with pytest.raises(ValueError, match=r"\[1\]"):
-        fold_scores(cosines, fold, [0, 1, 2])
+
+
+def test_a_fold_without_scored_rows_is_named():
+    cosines = pd.DataFrame({"split": "train", "fold": [0, 0, 1], "scored": [True, True, False], "ridge": [0.5, 1, 1]})
+    assert scores_of(cosines[:2], ["ridge"])["ridge"]["oof"] == 0.75
+    with pytest.raises(ValueError, match=r"folds \[1\] have no scored row"):
+        scores_of(cosines, ["ridge"])
 
 
 def test_scores_table(members):
@@ -226,18 +231,18 @@ def test_scores_table(members):
     cosines = pd.DataFrame({"split": "train", "fold": np.arange(N) % 3, "group": np.arange(N) // 3, "scored": True})
     cosines = cosines.assign(model_a=cosine(a, targets), model_b=cosine(b, targets))
     cosines.loc[0, ["scored", "model_a"]] = False, -1.0
-    table = scores_table(cosines, ["model_a", "model_b"], [0, 1, 2])
+    table = scores_table(cosines, ["model_a", "model_b"])
     header, rule, first, second = table.splitlines()
     assert header == "| model | fold_0 | fold_1 | fold_2 | mean | std | oof [95%] |"
     assert header.count("|") == rule.count("|") == first.count("|")
-    scores = fold_scores(cosines.model_a[1:].to_numpy(), cosines.fold[1:].to_numpy(), [0, 1, 2])
+    scores = fold_scores(cosines.model_a[1:].to_numpy(), cosines.fold[1:].to_numpy())
     low, high = bootstrap_interval(cosines.model_a[1:], cosines.group[1:])
     assert first.startswith(f"| model_a | {scores['fold_0']:.4f} | ")
     assert first.endswith(f" | {scores['oof']:.4f} [{low:.4f}, {high:.4f}] |")
     assert second.startswith("| model_b ")
 
     test = cosines.assign(split="test", fold=-1, scored=True)
-    with_test = scores_table(pd.concat([cosines, test]), ["model_b"], [0, 1, 2])
+    with_test = scores_table(pd.concat([cosines, test]), ["model_b"])
     assert with_test.splitlines()[0].endswith("| oof [95%] | test [95%] |")
     assert f"| {cosine(b, targets).mean():.4f} [" in with_test.splitlines()[2]
 

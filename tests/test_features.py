@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from img2prompt.clip.features import Images, image_features
+from img2prompt.clip.features import Embedder, Images, image_features
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.towers import tower
 from img2prompt.model_a.inputs import Augmented, Drawn
@@ -29,7 +29,8 @@ def drawn(references, clip, epoch, row=0, **amount):
 
 def test_embeddings_agree_with_clip_itself(references, tiny_clip, tmp_path):
     clip = load_clip(tiny_clip, "cpu")
-    files = {path.stem: path for path in image_features(clip, references, 4, "cpu", tmp_path, "train", keep=2)}
+    embedder = Embedder(clip, "cpu", 2)
+    files = {path.stem: path for path in image_features(clip, references, embedder, 4, tmp_path, "train")}
     image, pooled, frozen = (np.load(files[f"train_{name}"]) for name in ("image", "pooled", "frozen"))
     assert (image.shape, pooled.shape, frozen.shape) == ((6, 16), (6, 32), (6, 5, 32))
     assert (image.dtype, pooled.dtype, frozen.dtype) == (np.float32, np.float32, np.float16)
@@ -38,6 +39,26 @@ def test_embeddings_agree_with_clip_itself(references, tiny_clip, tmp_path):
         assert np.allclose(image[:5], clip.model.encode_image(images, normalize=True), atol=1e-5)
         last = tower(clip.model.visual)[-2:]
         assert np.allclose(pooled, last(torch.from_numpy(frozen).float()), atol=2e-2)
+
+
+def test_what_is_not_wanted_is_not_given_and_the_rest_is_the_same(references, tiny_clip):
+    clip = load_clip(tiny_clip, "cpu")
+    images = torch.stack([clip.transform(Image.open(path).convert("RGB")) for path in references[:5]])
+    whole = Embedder(clip, "cpu", 2)(images)
+    assert list(whole) == ["image", "pooled", "frozen"]
+    for wanted in (["frozen"], ["pooled"], ["image", "pooled"]):
+        found = Embedder(clip, "cpu", 2, wanted)(images)
+        assert list(found) == wanted
+        assert all(torch.equal(found[name], whole[name]) for name in wanted)
+
+
+def test_what_half_precision_cannot_hold_is_refused(references, tiny_clip):
+    clip = load_clip(tiny_clip, "cpu")
+    images = torch.stack([clip.transform(Image.open(path).convert("RGB")) for path in references[:5]])
+    with torch.no_grad():
+        clip.model.visual.ln_pre.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"model_a\.unfreeze: .* beyond half precision"):
+        Embedder(clip, "cpu", 2)(images)
 
 
 def test_a_missing_image_is_grey(references, tiny_clip):

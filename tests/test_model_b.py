@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from img2prompt.core.metric import cosine, unit
 from img2prompt.ensemble.weights import Cosines, mix, search_weights
 from img2prompt.model_b import neighbours
-from img2prompt.model_b.choice import DISTANCE_DIM_GRID, Setting, Texts, fit_predict
+from img2prompt.model_b.bank import Bank, Setting
+from img2prompt.model_b.choice import DISTANCE_DIM_GRID, Texts, fit
 from img2prompt.model_b.neighbours import Neighbours, nearest
 from img2prompt.model_b.regression import grid_scores, regress, weights
 
@@ -163,7 +164,7 @@ N, M = 240, 20
 def data():
     """Images, prompts and targets that share a 4-d meaning; text keys are noisier than image keys."""
     rng = np.random.default_rng(12)
-    meaning, on_test = rng.normal(size=(N, 4)), rng.normal(size=(M, 4))
+    meaning, _ = rng.normal(size=(N, 4)), rng.normal(size=(M, 4))
     to_clip, to_target = rng.normal(size=(4, 8)), rng.normal(size=(4, 12))
     return {
         "queries": meaning @ to_clip + 0.3 * rng.normal(size=(N, 8)),
@@ -175,7 +176,6 @@ def data():
         "fold": np.arange(N) % 4,
         "kept": rng.random(N) < 0.9,
         "scored": rng.random(N) < 0.8,
-        "test_queries": on_test @ to_clip,
         "keys": "both",
         "k": "search",
         "distance_dim": "search",
@@ -185,8 +185,13 @@ def data():
 
 
 @pytest.fixture(scope="module")
+def on_test():
+    return directions(M, 8, 17)
+
+
+@pytest.fixture(scope="module")
 def result(data):
-    return fit_predict(**data)
+    return fit(**data)
 
 
 def test_neighbours_come_from_kept_rows_of_other_folds(data, result):
@@ -194,31 +199,33 @@ def test_neighbours_come_from_kept_rows_of_other_folds(data, result):
         found = result.neighbours[kind]
         assert data["kept"][found.index].all()
         assert (data["fold"][found.index] != data["fold"][:, None]).all()
-        assert data["kept"][result.test_neighbours[kind].index].all()
+    assert data["kept"][result.bank.rows].all()
+    assert len(result.bank.rows) == data["kept"].sum()
     # A row's nearest kept row of another fold, by hand.
     rows = np.flatnonzero(data["kept"] & (data["fold"] != data["fold"][5]))
     best = rows[cosine(np.tile(data["queries"][5], (len(rows), 1)), data["bank"]["image"][rows]).argmax()]
     assert result.neighbours["image"].index[5, 0] == best
 
 
-def test_the_choice_is_the_best_of_the_table_and_predicts_the_test(data, result):
+def test_the_choice_is_the_best_of_the_table_and_predicts_other_images(data, result, on_test):
     args = data["eps"], data["coef"]
-    for kind, setting in result.choice.settings.items():
+    for kind, setting in result.bank.choice.settings.items():
         table = result.search_table.query("keys == @kind")
         best = table.loc[table["score"].idxmax()]
         assert (setting.k, setting.distance_dim) == (best["k"], best["distance_dim"])
         direct = regress(result.neighbours[kind], data["targets"], setting.k, setting.distance_dim, *args)
         scored = data["scored"]
         assert best["score"] == pytest.approx(cosine(direct[scored], data["targets"][scored]).mean(), abs=1e-6)
+    predicted, neighbours = result.bank.predict(on_test)
     by_kind = {
-        kind: regress(found, data["targets"], setting.k, setting.distance_dim, *args)
-        for kind, found in result.test_neighbours.items()
-        for setting in [result.choice.settings[kind]]
+        kind: regress(found, data["targets"][data["kept"]], setting.k, setting.distance_dim, *args)
+        for kind, found in neighbours.items()
+        for setting in [result.bank.choice.settings[kind]]
     }
-    share = result.choice.image_share
+    share = result.bank.choice.image_share
     expected = mix([by_kind["image"], by_kind["text"]], [share, 1 - share])
-    np.testing.assert_array_equal(result.test, expected)
-    assert result.test.dtype == result.oof.dtype == np.float32
+    np.testing.assert_array_equal(predicted, expected)
+    assert predicted.dtype == result.oof.dtype == np.float32
 
 
 def test_a_fold_is_predicted_under_its_own_choice(data, result):
@@ -237,10 +244,10 @@ def test_a_fold_is_predicted_under_its_own_choice(data, result):
 def test_both_kinds_of_keys_beat_one(data, result):
     scored = data["scored"]
     for keys in ("text", "image"):
-        alone = fit_predict(**{**data, "keys": keys})
-        assert set(alone.choice.settings) == set(alone.neighbours) == {keys}
-        assert alone.choice.image_share == float(keys == "image")
-        assert alone.choice.settings[keys] == result.choice.settings[keys]
+        alone = fit(**{**data, "keys": keys})
+        assert set(alone.bank.choice.settings) == set(alone.neighbours) == {keys}
+        assert alone.bank.choice.image_share == float(keys == "image")
+        assert alone.bank.choice.settings[keys] == result.bank.choice.settings[keys]
         both = cosine(result.oof[scored], data["targets"][scored]).mean()
         assert both > cosine(alone.oof[scored], data["targets"][scored]).mean()
 
@@ -248,43 +255,50 @@ def test_both_kinds_of_keys_beat_one(data, result):
 def test_a_fold_s_own_scores_do_not_move_its_choice(data):
     # Without kept rows fold 2 is nobody's neighbour: its targets and images can matter only as scores.
     kept = data["kept"] & (data["fold"] != 2)
-    before = fit_predict(**{**data, "kept": kept})
+    before = fit(**{**data, "kept": kept})
     rows = data["fold"] == 2
     targets, queries = data["targets"].copy(), data["queries"].copy()
     targets[rows], queries[rows] = directions(rows.sum(), 12, 13), directions(rows.sum(), 8, 14)
-    after = fit_predict(**{**data, "kept": kept, "targets": targets, "queries": queries})
+    after = fit(**{**data, "kept": kept, "targets": targets, "queries": queries})
     assert after.fold_choices[2] == before.fold_choices[2]
-    assert after.choice != before.choice
+    assert after.bank.choice != before.bank.choice
 
 
 def test_rows_that_are_not_scored_choose_nothing(data, result):
     queries = data["queries"].copy()
     queries[~data["scored"]] = directions((~data["scored"]).sum(), 8, 15)
-    after = fit_predict(**{**data, "queries": queries})
-    assert after.choice == result.choice
+    after = fit(**{**data, "queries": queries})
+    assert after.bank.choice == result.bank.choice
     assert after.fold_choices == result.fold_choices
 
 
-def test_the_test_set_s_order_and_company_change_no_choice(data, result):
+def test_a_prediction_depends_on_its_own_image_alone(result, on_test):
     order = np.random.default_rng(16).permutation(M)[:7]
-    after = fit_predict(**{**data, "test_queries": data["test_queries"][order]})
-    assert after.choice == result.choice
-    np.testing.assert_allclose(after.test, result.test[order], atol=1e-6)
+    together = result.bank.predict(on_test)[0]
+    np.testing.assert_allclose(result.bank.predict(on_test[order])[0], together[order], atol=1e-6)
+
+
+def test_a_bank_is_stored_and_loaded(result, on_test, tmp_path):
+    result.bank.save(tmp_path)
+    loaded = Bank.load(tmp_path)
+    assert loaded.choice == result.bank.choice
+    np.testing.assert_array_equal(loaded.rows, result.bank.rows)
+    np.testing.assert_array_equal(loaded.predict(on_test)[0], result.bank.predict(on_test)[0])
 
 
 def test_numbers_in_params_are_used_as_they_are(data):
-    fixed = fit_predict(**{**data, "k": 10, "distance_dim": 3.0})
-    for choice in (fixed.choice, *fixed.fold_choices.values()):
+    fixed = fit(**{**data, "k": 10, "distance_dim": 3.0})
+    for choice in (fixed.bank.choice, *fixed.fold_choices.values()):
         assert choice.settings == {"text": Setting(10, 3.0), "image": Setting(10, 3.0)}
-    half = fit_predict(**{**data, "k": 10})
-    assert half.choice.settings["image"].k == 10
+    half = fit(**{**data, "k": 10})
+    assert half.bank.choice.settings["image"].k == 10
     assert half.search_table["distance_dim"].nunique() == len(DISTANCE_DIM_GRID)
 
 
 def test_k_is_capped_by_the_smallest_bank(data):
     kept = np.arange(N) < 12  # three kept rows a fold: nine outside each
-    assert fit_predict(**{**data, "kept": kept, "k": 100}).choice.settings["text"].k == 9
-    assert fit_predict(**{**data, "kept": kept}).search_table["k"].max() == 9
+    assert fit(**{**data, "kept": kept, "k": 100}).bank.choice.settings["text"].k == 9
+    assert fit(**{**data, "kept": kept}).search_table["k"].max() == 9
 
 
 @pytest.mark.parametrize(
@@ -298,19 +312,19 @@ def test_k_is_capped_by_the_smallest_bank(data):
         ({"eps": 0.0}, "eps"),
     ],
 )
-def test_fit_predict_refuses(data, change, message):
+def test_fit_refuses(data, change, message):
     with pytest.raises(ValueError, match=message):
-        fit_predict(**{**data, **change})
+        fit(**{**data, **change})
 
 
-def test_texts_are_more_text_keys_but_not_for_folds_that_they_are_near(data, result):
+def test_texts_are_more_text_keys_but_not_for_folds_that_they_are_near(data, result, on_test):
     rng = np.random.default_rng(5)
     # The texts are the queries themselves: nearest of all, where they may be used.
     texts = Texts(
         data["queries"][:40].astype(np.float32), data["targets"][:40], rng.random(40) < 0.8,
         {f: rng.random(40) < 0.5 for f in range(4)},
     )  # fmt: skip
-    found = fit_predict(**data, texts=texts)
+    found = fit(**data, texts=texts)
     index = found.neighbours["text"].index
     assert (index >= N).any()
     for row in range(N):
@@ -320,8 +334,10 @@ def test_texts_are_more_text_keys_but_not_for_folds_that_they_are_near(data, res
         if row < 40 and texts.kept[row] and not texts.near[data["fold"][row]][row]:
             assert index[row, 0] == N + row
     assert (found.neighbours["image"].index == result.neighbours["image"].index).all()
-    of_test = found.test_neighbours["text"].index
-    assert texts.kept[of_test[of_test >= N] - N].all()
+    # In the bank the images' rows come first, for image keys are there of these alone.
+    assert found.bank.rows.tolist() == [*np.flatnonzero(data["kept"]), *(N + np.flatnonzero(texts.kept))]
+    assert len(found.bank.keys["image"]) == data["kept"].sum()
+    assert len(found.bank.keys["text"]) == len(found.bank.targets) == data["kept"].sum() + texts.kept.sum()
     no_rows = np.empty(0, bool)
     none = Texts(np.empty((0, 8), np.float32), data["targets"][:0], no_rows, dict.fromkeys(range(4), no_rows))
-    np.testing.assert_array_equal(fit_predict(**data, texts=none).test, result.test)
+    np.testing.assert_array_equal(fit(**data, texts=none).bank.predict(on_test)[0], result.bank.predict(on_test)[0])

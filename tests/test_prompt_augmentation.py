@@ -88,8 +88,9 @@ def test_without_wordnet_our_own_groups_serve(monkeypatch):
         raise LookupError("Resource wordnet not found")
 
     fake_wordnet(monkeypatch, load=missing)
-    name, synonyms = thesaurus()
-    assert name == "built-in"
+    with pytest.raises(ValueError, match=r"embed_prompts\.thesaurus: nltk has no WordNet data"):
+        thesaurus("wordnet")
+    synonyms = thesaurus("built-in")
     assert len(synonyms) > 1000
     for word, others in synonyms.items():
         assert re.fullmatch("[a-z]+(-[a-z]+)*", word)
@@ -101,8 +102,7 @@ def test_without_wordnet_our_own_groups_serve(monkeypatch):
 
 def test_wordnet_serves_where_it_is_installed(monkeypatch):
     fake_wordnet(monkeypatch)
-    name, synonyms = thesaurus()
-    assert name == "wordnet"
+    synonyms = thesaurus("wordnet")
     assert synonyms["house"] == ("dwelling place",)
     assert dict(synonyms) == {"house": ("dwelling place",)}
     assert len(synonyms) == 1

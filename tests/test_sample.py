@@ -186,7 +186,8 @@ def row(text, visible=None):
 def test_apart_keeps_prompts_and_visible_texts_away_from_the_others_and_from_one_another():
     train = generate(1500, 10)
     others = [encode([r.prompt for r in train]), encode([r.visible for r in train])]
-    kept = apart(draw(10, stream=1), 400, others, encode, threshold=0.8)
+    kept, embeddings = apart(draw(10, stream=1), 400, others, encode, threshold=0.8)
+    np.testing.assert_array_equal(embeddings, encode([row.prompt for row in kept]))
     assert len(kept) == 400
     ours = [encode([r.prompt for r in kept]), encode([r.visible for r in kept])]
     for own in ours:
@@ -197,13 +198,13 @@ def test_apart_keeps_prompts_and_visible_texts_away_from_the_others_and_from_one
 def test_apart_takes_rows_in_order_and_judges_the_visible_text_as_well():
     rows = [row("red cat"), row("blue dog"), row("old sea, 8k", visible="old sea"), row("big tree")]
     others = [encode(["blue dog"]), encode(["old sea"])]
-    assert apart(rows, 2, others, encode) == [rows[0], rows[3]]
+    assert apart(rows, 2, others, encode)[0] == [rows[0], rows[3]]
 
 
 def test_apart_may_keep_repeats_if_told_so():
     rows = [row("red cat"), row("red cat"), row("green frog")]
-    assert apart(rows, 2, [], encode, distinct=False) == rows[:2]
-    assert apart(rows, 2, [], encode) == [rows[0], rows[2]]
+    assert apart(rows, 2, [], encode, distinct=False)[0] == rows[:2]
+    assert apart(rows, 2, [], encode)[0] == [rows[0], rows[2]]
 
 
 @pytest.mark.parametrize("rows", [[], [row("a cat")], repeat(row("a cat"))])

@@ -39,6 +39,10 @@ class Params(Section):
             raise ValueError(
                 f"model_a.unfreeze lists {len(unfreeze)} values for the {count} of clip.model: one each, or one for all"
             )
+        if self.prepare.test.path == "sample" and "sample" not in [source.path for source in self.prepare.train]:
+            raise ValueError(
+                "prepare.test: `sample` follows from `sample` among prepare.train: name a source to predict"
+            )
         if clips != "all" and max(clips) >= count:
             raise ValueError(f"ensemble.clips: {clips}: clip.model has the numbers 0 to {count - 1}")
         return self

@@ -17,7 +17,7 @@ from img2prompt.core.sheet import draw_changes
 from img2prompt.core.storage import whole_folder
 from img2prompt.report.comparison import KEY, differences, differences_markdown, models_of, most_changed, pair
 
-COSINES = "outputs/ensemble/cosines.parquet"
+COSINES = "outputs/scores/cosines.parquet"
 IMAGES = 6  # how many images that B predicts better are drawn, and how many that it predicts worse
 
 
@@ -42,8 +42,8 @@ def read_cosines(revision: str) -> pd.DataFrame:
 def images() -> pd.DataFrame:
     """The workspace's images and prompts by split, source and id; no rows before `prepare` has run."""
     tables = [pd.DataFrame(columns=[*KEY, "image", "prompt"], dtype=object)]
-    for split in ("train", "test"):
-        path = Path(f"outputs/prepare/{split}.parquet")
+    for split, stage in (("train", "prepare"), ("test", "prepare_test")):
+        path = Path(f"outputs/{stage}/{split}.parquet")
         if path.is_file():
             tables.append(read_rows(path).assign(split=split))
     return pd.concat(tables)[[*KEY, "image", "prompt"]]

@@ -91,7 +91,7 @@ def search(params: Params, asked: argparse.Namespace) -> None:
     if unknown := set(folds) - set(ids):
         raise ValueError(f"no folds {sorted(unknown)}: folds.ids are {ids}")
     rows, features = TrainRows.read(Path("outputs")), Features.read(Path("outputs"), asked.clip, section)
-    inputs = features.inputs("train", section.augmentation, section.seed, where)
+    inputs = features.inputs(section.augmentation, section.seed, where)
     frozen = dict(zip(features.views, inputs, strict=True))
     inner = {held_out: ids[(ids.index(held_out) + 1) % len(ids)] for held_out in folds}
     splits = {held_out: Fold(rows, features, [held_out, inner[held_out]], inner[held_out]) for held_out in folds}

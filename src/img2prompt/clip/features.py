@@ -55,48 +55,78 @@ def stem(split: str, seen: str) -> str:
     return split if seen == "plain" else f"{split}_{seen}"
 
 
+class Embedder:
+    """One pass of an image through CLIP's tower.
+
+    Args:
+        clip: on the device.
+        device: a torch device.
+        keep: the number of last layers whose input is wanted too.
+        wanted: of `image`, `pooled` and `frozen`; what is not wanted is not computed.
+
+    Raises:
+        ValueError: the tower has fewer than `keep` layers.
+    """
+
+    def __init__(
+        self, clip: Clip, device: str, keep: int, wanted: Sequence[str] = ("image", "pooled", "frozen")
+    ) -> None:
+        layers = tower(clip.model.visual)
+        self._visual, self._device, self._wanted = clip.model.visual, device, set(wanted)
+        self._last, self._frozen = unfrozen(layers, keep), layers[: len(layers) - keep]
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """Of a batch (b, 3, size, size) float32, what is wanted, on the device.
+
+        `image` (b, embed_dim) float32, CLIP's projected embeddings I(x), rows of norm 1; `pooled` (b, d) float32, the
+        tower's pooled output V(x), not normalised; `frozen` (b, ...) float16, the input of the last layers.
+
+        Raises:
+            ValueError: the input of the last layers is beyond half precision.
+        """
+        cuda = torch.device(self._device).type == "cuda"
+        # no_grad and not inference_mode: under autocast the latter casts attention layers' weights in every call.
+        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
+            found = {"frozen": self._frozen(x.to(self._device, memory_format=torch.channels_last))}
+            if self._wanted & {"image", "pooled"}:
+                found["pooled"] = self._last(found["frozen"]).float()
+            if "image" in self._wanted:
+                found["image"] = functional.normalize(project(self._visual, found["pooled"]).float())
+        if "frozen" in self._wanted:
+            found["frozen"] = found["frozen"].half()
+            if not found["frozen"].isfinite().all():
+                raise ValueError(
+                    "model_a.unfreeze: what the frozen layers give is beyond half precision: take another number"
+                )
+        return {name: found[name] for name in ("image", "pooled", "frozen") if name in self._wanted}
+
+
 def image_features(
     clip: Clip,
     references: Sequence[str | None],
+    embedder: Embedder,
     batch_size: int,
-    device: str,
     folder: Path,
     split: str,
-    keep: int,
     seen: str = "plain",
 ) -> list[Path]:
-    """Run CLIP's image tower over one view of the images; a killed run resumes from what is in `folder`.
+    """Embed one view of the images; a killed run resumes from what is in `folder`.
 
-    Returns .npy files:
-
-    - `{split}_image`: (n, embed_dim) float32, CLIP's projected image embeddings I(x), rows of norm 1
-    - `{split}_pooled`: (n, d) float32, the tower's pooled output V(x), not normalised
-    - `{split}_frozen`: (n, ...) float16, the frozen layers' output, input of the last `keep` layers; not for `keep` 0
-
-    For another view than the plain one, they are named `{split}_{seen}_image` and so on.
+    Returns .npy files, one for each output of the embedder: `{split}_image`, `{split}_pooled`, `{split}_frozen`; for
+    another view than the plain one `{split}_{seen}_image` and so on.
 
     Raises:
-        ValueError: the tower has fewer than `keep` layers or no such view, or an image cannot be decoded.
+        ValueError: the tower has no such view, or an image cannot be decoded.
     """
-    layers = tower(clip.model.visual)
-    last = unfrozen(layers, keep)
-    frozen = layers[: len(layers) - keep]
     images = Images(references, view(clip, seen))
     rows = [
         np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
     ]
-    cuda = torch.device(device).type == "cuda"
 
     def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         batches = images.batches(list(left))
         for x in progress(batches, f"CLIP on {stem(split, seen)} images", len(left), "batch"):
-            # no_grad and not inference_mode: under autocast the latter casts attention layers' weights in every call.
-            with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
-                handed = frozen(x.to(device, memory_format=torch.channels_last))
-                pooled = last(handed).float()
-                image = functional.normalize(project(clip.model.visual, pooled).float())
-            outputs = {"image": image, "pooled": pooled} | ({"frozen": handed.half()} if keep else {})
-            yield {f"{stem(split, seen)}_{name}": value.cpu().numpy() for name, value in outputs.items()}
+            yield {f"{stem(split, seen)}_{name}": value.cpu().numpy() for name, value in embedder(x).items()}
 
     return list(grow(folder / stem(split, seen), rows, run).values())
 

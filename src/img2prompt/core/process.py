@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def threads() -> int:
+    """How many threads or workers to use: IMG2PROMPT_THREADS, or all cores."""
+    return int(os.environ.get("IMG2PROMPT_THREADS") or os.cpu_count() or 1)
+
+
 def settle() -> None:
     """Set the environment variables that numpy and torch read on import; call it before they are imported.
 
     Floating-point sums depend on the number of threads, so it is set here and not left to what a shell happens to
     export. IMG2PROMPT_THREADS overrides the number of cores, for machines that are shared.
     """
-    threads = os.environ.get("IMG2PROMPT_THREADS") or str(os.cpu_count() or 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
-        os.environ[name] = threads
+        os.environ[name] = str(threads())
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic CUDA matrix products
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers' threads and forked workers do not mix
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no network call on import

@@ -1,4 +1,4 @@
-"""The models of a run by name: Model A's family and Model B, for every CLIP."""
+"""The models of a run by name: of every CLIP Model A's family and Model B."""
 
 from __future__ import annotations
 
@@ -9,42 +9,36 @@ import numpy as np
 
 from img2prompt.ensemble.params import EnsembleParams
 
-MODEL_A = ("ridge", "linear", "model_a")  # Model A's family
-Predictions = tuple[np.ndarray, list[np.ndarray]]
+MODEL_A = ("ridge", "linear", "model_a")  # the models of Model A's family
 
 
 def name_of(kind: str, clip: int) -> str:
-    """A model's name: its kind alone for the first CLIP, ridge_1, linear_1 and so on for the second."""
+    """A model's name: those of the first CLIP are plain, those of a second one are ridge_1, linear_1, and so on."""
     return f"{kind}_{clip}" if clip else kind
 
 
 def members_of(section: EnsembleParams, clips: int) -> list[str]:
-    """The names of the ensemble's members: the kinds that params.yaml lists, for the CLIPs that it lists."""
+    """The names of the models in the ensemble: the kinds that params.yaml names, of the CLIPs that it names."""
     wanted = range(clips) if section.clips == "all" else section.clips
     return [name_of(kind, clip) for kind in section.members for clip in wanted]
 
 
-def read_models(outputs: Path, clips: int, fold: np.ndarray, ids: Sequence[int]) -> dict[str, Predictions]:
-    """The predictions of Model A's family and Model B for every CLIP, by name: out of fold (n, 384), and on test.
+def read_oof(outputs: Path, fold: np.ndarray) -> dict[str, np.ndarray]:
+    """Every model's out-of-fold predictions by name, (n, 384) float32, norm 1, of every CLIP in a folder of outputs.
 
-    Those on test are a list of (m, 384) arrays: one for each fold's model, or a single one for Model B. All are float32
-    with rows of norm 1. outputs: the folder of the stages' outputs. fold (n,) int64; ids: the folds of params.yaml.
-    Raises FileNotFoundError where a stage has not run.
+    fold (n,) int64. Only the folds that it names are read: one that was removed leaves its files behind.
     """
     found = {}
-    for clip in range(clips):
+    for clip in range(len(list((outputs / "knn").iterdir()))):
         for kind in MODEL_A:
-            found[name_of(kind, clip)] = _read_model_a(outputs, kind, clip, fold, ids)
-        knn = outputs / f"knn/{clip}"
-        found[name_of("model_b", clip)] = np.load(knn / "oof.npy"), [np.load(knn / "test.npy")]
+            found[name_of(kind, clip)] = _joined(outputs, f"{clip}/{kind}_oof.npy", fold, np.unique(fold).tolist())
+        found[name_of("model_b", clip)] = np.load(outputs / f"knn/{clip}/oof.npy")
     return found
 
 
-def _read_model_a(outputs: Path, kind: str, clip: int, fold: np.ndarray, ids: Sequence[int]) -> Predictions:
-    # The folds are those of params.yaml, not those on disk: a fold that was removed leaves its files behind.
-    folders = [outputs / f"model_a/fold_{held_out}/{clip}" for held_out in ids]
-    parts = [np.load(folder / f"{kind}_oof.npy") for folder in folders]
+def _joined(outputs: Path, file: str, fold: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    parts = [np.load(outputs / f"model_a/fold_{held_out}" / file) for held_out in ids]
     oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
     for held_out, part in zip(ids, parts, strict=True):
         oof[fold == held_out] = part
-    return oof, [np.load(folder / f"{kind}_test.npy", mmap_mode="r") for folder in folders]
+    return oof

@@ -84,16 +84,18 @@ class Features:
         """V(x) of the train images by the untouched tower: (n, d) float32."""
         return np.load(self._embedded / "train_pooled.npy")
 
-    def stored_pooled(self, split: str) -> list[Inputs]:
-        """The stored V(x) of a split's images, (b, d) a batch: an item for each view."""
-        return self._stored(split, "pooled")
+    def stored_pooled(self) -> list[Inputs]:
+        """The stored V(x) of the train images, (b, d) a batch: an item for each view."""
+        return self._stored(self._embedded, "pooled")
 
-    def inputs(self, split: str, augmentation: Augmentation, seed: int, device: str) -> list[Inputs]:
-        """The inputs of the layers that train, one item for each view of a split; `seed`: of the augmentation."""
+    def inputs(self, augmentation: Augmentation, seed: int, device: str) -> list[Inputs]:
+        """The inputs of the layers that train, one item for each view; `seed`: of the augmentation."""
+        if not self.unfreeze and not augmentation.on:
+            return self.stored_pooled()
         if not augmentation.on:
-            return self._stored(split, "frozen" if self.unfreeze else "pooled")
+            return self._stored(self.outputs / f"freeze/{self.number}", "frozen")
         frozen = self.layers[: len(self.layers) - self.unfreeze]
-        references = read_rows(self.outputs / f"prepare/{split}.parquet").image
+        references = read_rows(self.outputs / "prepare/train.parquet", ["image"]).image
         drawn: list[Images] = [Augmented(references, view(self.clip, seen), augmentation, seed) for seen in self.views]
         return [Drawn(images, frozen, device) for images in drawn]
 
@@ -114,8 +116,8 @@ class Features:
     def _embedded(self) -> Path:
         return self.outputs / f"embed_images/{self.number}"
 
-    def _stored(self, split: str, name: str) -> list[Inputs]:
-        files = [self._embedded / f"{stem(split, seen)}_{name}.npy" for seen in self.views]
+    def _stored(self, folder: Path, name: str) -> list[Inputs]:
+        files = [folder / f"{stem('train', seen)}_{name}.npy" for seen in self.views]
         return [Stored(np.load(file, mmap_mode="r")) for file in files]
 
 

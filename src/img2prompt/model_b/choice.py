@@ -1,4 +1,4 @@
-"""Model B as a whole: the out-of-fold search of its settings, and its predictions."""
+"""The search of Model B's settings, and its out-of-fold predictions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from img2prompt.ensemble.weights import Cosines, mix, search_weights
+from img2prompt.ensemble.weights import Cosines, search_weights
+from img2prompt.model_b.bank import Bank, Choice, Setting
 from img2prompt.model_b.neighbours import Neighbours, nearest
 from img2prompt.model_b.regression import grid_scores, regress
 
@@ -14,22 +15,6 @@ from img2prompt.model_b.regression import grid_scores, regress
 # prediction is the unweighted mean of the k neighbours' targets.
 K_GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 DISTANCE_DIM_GRID = (0, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """The number of neighbours and the power of their distance (eq. 4), for one kind of keys."""
-
-    k: int
-    distance_dim: float
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A setting for each kind of keys in use; image_share is the weight of the image keys' prediction in `mix`."""
-
-    settings: dict[str, Setting]
-    image_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +33,19 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class KnnResult:
-    """Predictions (float32, norm 1) with the choices and neighbours behind them.
+    """Out-of-fold predictions with the choices and neighbours behind them, and the bank for all other images.
 
-    oof (n, 384): each fold predicted under its own fold_choices entry, from the other folds' rows.
-    test (m, 384): under `choice`, made on all scored rows, from all kept rows.
+    oof (n, 384) float32, norm 1: each fold predicted under its own fold_choices entry, from the other folds' rows.
     search_table: keys, k, distance_dim, score (mean cosine out of fold, all scored rows).
-    neighbours, test_neighbours: kind of keys -> the neighbours behind oof and test, as row numbers of the
-    train table followed by the texts.
+    neighbours: kind of keys -> the neighbours behind oof, as row numbers of the train table followed by the texts.
+    bank: all kept rows, under the choice made on all scored rows.
     """
 
     oof: np.ndarray
-    test: np.ndarray
-    choice: Choice
     fold_choices: dict[int, Choice]
     search_table: pd.DataFrame
     neighbours: dict[str, Neighbours]
-    test_neighbours: dict[str, Neighbours]
+    bank: Bank
 
 
 def _out_of_fold(
@@ -79,14 +61,13 @@ def _out_of_fold(
     return Neighbours(index, distance)
 
 
-def fit_predict(
+def fit(
     queries: np.ndarray,
     bank: Mapping[str, np.ndarray],
     targets: np.ndarray,
     fold: np.ndarray,
     kept: np.ndarray,
     scored: np.ndarray,
-    test_queries: np.ndarray,
     keys: str,
     k: int | str,
     distance_dim: float | str,
@@ -95,9 +76,9 @@ def fit_predict(
     device: str = "cpu",
     texts: Texts | None = None,
 ) -> KnnResult:
-    """Model B for the train images, out of fold, and for the test images.
+    """Fit Model B to the train images, and predict them out of fold.
 
-    queries (n, d), test_queries (m, d): CLIP's image embeddings. bank: `text` and/or `image` -> the train
+    queries (n, d): their CLIP image embeddings. bank: `text` and/or `image` -> the train
     rows' keys (n, d); texts: more `text` keys. targets (n, 384), norm 1. fold (n,) int. kept (n,) bool: may
     be a neighbour. scored (n,) bool: counts in choosing. keys: `text`, `image`, or `both`: the mix of the two
     predictions. k, distance_dim: `search`, or the number to use; a k beyond the smallest bank of keys becomes its size.
@@ -116,12 +97,12 @@ def fit_predict(
     if len({len(part) for part in parts}) > 1:
         raise ValueError(f"train rows differ: {[len(part) for part in parts]} in queries, targets, .., the bank")
     usable = {kind: {f: kept & (fold != f) for f in np.unique(fold).tolist()} for kind in kinds}
-    test_usable = dict.fromkeys(kinds, kept)
+    rows = np.flatnonzero(kept)
     if texts is not None and "text" in kinds:
         bank = {**bank, "text": np.concatenate([bank["text"], texts.keys])}
         more = {f: texts.kept & ~texts.near[f] for f in usable["text"]}
         usable["text"] = {f: np.concatenate([mask, more[f]]) for f, mask in usable["text"].items()}
-        test_usable["text"] = np.concatenate([kept, texts.kept])
+        rows = np.flatnonzero(np.concatenate([kept, texts.kept]))
     every = targets if texts is None else np.concatenate([targets, texts.targets])
     bank_size = min(int(mask.sum()) for masks in usable.values() for mask in masks.values())
     if not bank_size:
@@ -155,37 +136,24 @@ def fit_predict(
         shares = search_weights(Cosines.between([image[rows], text[rows]], targets[rows]))
         return Choice(settings, float(shares[0]))
 
-    def combine(by_kind: dict[str, np.ndarray], image_share: float) -> np.ndarray:
-        if keys != "both":
-            return by_kind[keys]
-        return mix([by_kind["image"], by_kind["text"]], [image_share, 1 - image_share])
-
     oof, fold_choices = np.empty((len(queries), targets.shape[1]), dtype=np.float32), {}
     for held_out in np.unique(fold).tolist():
-        rows = fold == held_out
-        choice = fold_choices[held_out] = choose(scored & ~rows)
-        by_kind = {kind: predict(kind, setting)[rows] for kind, setting in choice.settings.items()}
-        oof[rows] = combine(by_kind, choice.image_share)
+        own = fold == held_out
+        choice = fold_choices[held_out] = choose(scored & ~own)
+        oof[own] = choice.mixed({kind: predict(kind, setting)[own] for kind, setting in choice.settings.items()})
 
-    choice = choose(scored)
-    test_neighbours, by_kind = {}, {}
-    for kind, setting in choice.settings.items():
-        rows = np.flatnonzero(test_usable[kind])
-        found = nearest(test_queries, bank[kind][rows], setting.k, device)
-        test_neighbours[kind] = Neighbours(rows[found.index], found.distance)
-        by_kind[kind] = regress(test_neighbours[kind], every, setting.k, setting.distance_dim, eps, coef, device)
     table = [
         (kind, size, power, scores[kind][scored, i, j].mean(dtype=np.float64))
         for kind in kinds
         for i, size in enumerate(ks)
         for j, power in enumerate(dims)
     ]
+    # Of the rows of the bank, those of train images come first: image keys are as many.
+    stored = {kind: bank[kind][rows if kind == "text" else np.flatnonzero(kept)] for kind in kinds}
     return KnnResult(
         oof,
-        combine(by_kind, choice.image_share),
-        choice,
         fold_choices,
         pd.DataFrame(table, columns=["keys", "k", "distance_dim", "score"]),
         neighbours,
-        test_neighbours,
+        Bank(stored, every[rows], rows.astype(np.int32), choose(scored), eps, coef),
     )

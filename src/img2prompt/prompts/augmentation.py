@@ -54,23 +54,28 @@ class WordNet(Mapping[str, tuple[str, ...]]):
         return sum(1 for _ in self)
 
 
-def thesaurus() -> tuple[str, Mapping[str, tuple[str, ...]]]:
-    """The available thesaurus, as its name and a mapping from a lower-case word to its synonyms.
+def thesaurus(name: str) -> Mapping[str, tuple[str, ...]]:
+    """A mapping from a lower-case word to its synonyms.
 
-    "wordnet" where nltk's WordNet data is installed (`python -m nltk.downloader wordnet`), else "built-in":
-    the groups of `thesaurus.txt`.
+    `built-in`: the groups of `thesaurus.txt`. `wordnet`: nltk's WordNet.
+
+    Raises:
+        ValueError: nltk's WordNet data is not installed.
     """
-    from nltk.corpus import wordnet
+    if name == "wordnet":
+        from nltk.corpus import wordnet
 
-    try:
-        wordnet.ensure_loaded()
-        return "wordnet", WordNet()
-    except LookupError:
-        lines = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8").splitlines()
-        groups = [line.split() for line in lines if line and not line.startswith("#")]
-        return "built-in", {
-            word: tuple(other for other in group if other != word) for group in groups for word in group
-        }
+        try:
+            wordnet.ensure_loaded()
+        except LookupError:
+            raise ValueError(
+                "embed_prompts.thesaurus: nltk has no WordNet data here: run `python -m nltk.downloader wordnet`, "
+                "or take `built-in`"
+            ) from None
+        return WordNet()
+    lines = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8").splitlines()
+    groups = [line.split() for line in lines if line and not line.startswith("#")]
+    return {word: tuple(other for other in group if other != word) for group in groups for word in group}
 
 
 def augment_prompt(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ class EmbedPromptsParams(Section):
 
     model: str
     augmented: Annotated[int, Field(ge=0)]
+    thesaurus: Literal["built-in", "wordnet"]
     replace: Share
     shuffle: Share
 

@@ -130,7 +130,7 @@ def results(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         if not ordered[facts].equals(first[facts]):
             raise ValueError(f"{name} is scored on other images or folds than {next(iter(rows))}: they do not compare")
         train, test = (ordered[ordered.split == split] for split in ("train", "test"))
-        scores = fold_scores(train.cosine.to_numpy(), train.fold.to_numpy(), sorted(set(train.fold)))
+        scores = fold_scores(train.cosine.to_numpy(), train.fold.to_numpy())
         line = {"row": name, "test": test.cosine.mean(), "oof": scores["oof"]}
         line["oof_low"], line["oof_high"] = bootstrap_interval(train.cosine, train.group)
         line["oof_std"] = scores["std"]

@@ -86,5 +86,7 @@ def _lines(axes: Axes, table: pd.DataFrame, x: str, style: Mapping[str, str]) ->
     for name in table.columns.drop(x):
         # As text, fold ids are equally far apart and no half fold gets a tick.
         places = table[x].astype(str) if x == "fold" else table[x]
-        axes.plot(places, table[name], color=COLOURS.get(name), label=name, **style)
+        kind, _, clip = name.rpartition("_")
+        colour, line = (COLOURS.get(kind), "--") if clip.isdigit() else (COLOURS.get(name), "-")
+        axes.plot(places, table[name], label=name, **{"color": colour, "linestyle": line} | style)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # never over a point

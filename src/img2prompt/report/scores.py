@@ -2,34 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from img2prompt.core.metric import bootstrap_interval
+from img2prompt.core.metric import bootstrap_interval, cosine
+from img2prompt.ensemble.members import name_of
+from img2prompt.prompts.folds import components, similarity_forest
 
 
-def fold_scores(cosines: np.ndarray, fold: np.ndarray, fold_ids: Sequence[int]) -> dict[str, float]:
+def known_cosines(
+    rows: pd.DataFrame, predictions: Mapping[str, np.ndarray], targets: np.ndarray, threshold: float
+) -> pd.DataFrame:
+    """The cosines of test predictions, for the rows whose prompt is known: `split`, `source`, `id`, `fold` (-1), ...
+
+    rows: the m test rows. predictions: by model (m, 384). targets (k, 384) float32, norm 1: of the k rows with a
+    prompt, in order. `group` joins prompts with a cosine of at least threshold; a column a model follows `scored`.
+    """
+    known = rows.prompt.notna().to_numpy()
+    found = rows.loc[known, ["source", "id"]].assign(split="test", fold=-1, group=0, scored=True)
+    if len(targets):
+        found["group"] = components(len(targets), similarity_forest(targets, threshold), threshold)
+    for name, predicted in predictions.items():
+        found[name] = (cosine(predicted[known], targets) if len(targets) else np.empty(0)).astype(np.float32)
+    return found
+
+
+def fold_scores(cosines: np.ndarray, fold: np.ndarray) -> dict[str, float]:
     """Mean cosines of out-of-fold predictions by fold; cosines (n,) and fold (n,) are of the scored rows only.
 
-    `fold_0` .. for each of fold_ids, `mean` and `std` (ddof 0) over those, and `oof` over all rows at once.
-    Raises ValueError for a fold without rows.
+    `fold_0` .. for each fold, `mean` and `std` (ddof 0) over those, and `oof` over all rows at once.
     """
-    missing = set(fold_ids) - set(fold.tolist())
-    if missing:
+    found = {f"fold_{held_out}": float(cosines[fold == held_out].mean()) for held_out in np.unique(fold).tolist()}
+    over_folds = np.array(list(found.values()))
+    return {**found, "mean": float(over_folds.mean()), "std": float(over_folds.std()), "oof": float(cosines.mean())}
+
+
+def scores_of(cosines: pd.DataFrame, models: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The `fold_scores` of every model, and `test` where test prompts are known.
+
+    cosines: as in `scores_table`.
+
+    Raises:
+        ValueError: a fold has no scored row.
+    """
+    train, test = (cosines[(cosines.split == split)] for split in ("train", "test"))
+    scored = train[train.scored]
+    if missing := set(train.fold) - set(scored.fold):
         raise ValueError(f"folds {sorted(missing)} have no scored row: use fewer folds or a milder dedup")
-    by_fold = {f"fold_{i}": float(cosines[fold == i].mean()) for i in fold_ids}
-    over_folds = np.array(list(by_fold.values()))
-    return {
-        **by_fold,
-        "mean": float(over_folds.mean()),
-        "std": float(over_folds.std()),
-        "oof": float(cosines.mean()),
-    }
+    found = {name: fold_scores(scored[name].to_numpy(np.float64), scored.fold.to_numpy()) for name in models}
+    for name in models if len(test) else ():
+        found[name]["test"] = float(test[name].to_numpy(np.float64).mean())
+    return found
 
 
-def scores_table(cosines: pd.DataFrame, models: Sequence[str], fold_ids: Sequence[int]) -> str:
+def by_fold(scores: Mapping[str, Mapping[str, float]], models: Sequence[str]) -> pd.DataFrame:
+    """The scores of `scores_of` as a table: `fold`, and a column a model."""
+    folds = [key for key in scores[models[0]] if key.startswith("fold_")]
+    columns = {name: [scores[name][key] for key in folds] for name in models}
+    return pd.DataFrame({"fold": [int(key.removeprefix("fold_")) for key in folds]} | columns)
+
+
+def mean_histories(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
+    """Scores by `epoch`, mean over the held-out folds: a column a head, of a second CLIP linear_1 and so on."""
+    columns = {}
+    for clip in sorted((folder / f"fold_{folds[0]}").iterdir(), key=lambda path: int(path.name)):
+        for kind in ("linear", "model_a"):
+            files = [folder / f"fold_{held_out}" / clip.name / f"{kind}_history.csv" for held_out in folds]
+            scores = pd.concat([pd.read_csv(file).score for file in files], axis=1)
+            columns[name_of(kind, int(clip.name))] = scores.mean(axis=1)
+    table = pd.DataFrame(columns)
+    table.insert(0, "epoch", table.index + 1)
+    return table
+
+
+def scores_table(cosines: pd.DataFrame, models: Sequence[str]) -> str:
     """A Markdown table of the scores: one row for each of models, in the order given.
 
     cosines: one row for each image, with `split` (train or test), `fold`, `group`, `scored`, and for each model a
@@ -38,11 +87,11 @@ def scores_table(cosines: pd.DataFrame, models: Sequence[str], fold_ids: Sequenc
     """
     scored = cosines[cosines.scored]
     train, test = scored[scored.split == "train"], scored[scored.split == "test"]
-    columns = ["model", *(f"fold_{i}" for i in fold_ids), "mean", "std", "oof [95%]"]
+    columns = ["model", *(f"fold_{i}" for i in np.unique(train.fold)), "mean", "std", "oof [95%]"]
     columns += ["test [95%]"] if len(test) else []
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for name in models:
-        scores = fold_scores(train[name].to_numpy(), train.fold.to_numpy(), fold_ids)
+        scores = fold_scores(train[name].to_numpy(), train.fold.to_numpy())
         cells = [name, *(f"{score:.4f}" for key, score in scores.items() if key != "oof")]
         for rows in (train, test) if len(test) else (train,):
             low, high = bootstrap_interval(rows[name], rows.group)

@@ -29,8 +29,10 @@ def apart(
     encode: Callable[[list[str]], np.ndarray],
     threshold: float = 0.85,
     distinct: bool = True,
-) -> list[PromptedScene]:
+) -> tuple[list[PromptedScene], np.ndarray]:
     """The first `n` of `rows` that are no near-duplicates of `others`, nor (`distinct`) of one another.
+
+    Returns them with their prompts' embeddings, (n, d) float32, rows of norm 1.
 
     `others` are matrices (m, d) float32 with rows of norm 1, and `encode` gives such a matrix for texts. A row is
     kept if the cosines of both its prompt and its visible text are at most `threshold`.
@@ -38,6 +40,7 @@ def apart(
     Raises ValueError if `rows` end, or 20 n of them were compared, before n are kept.
     """
     kept: list[PromptedScene] = []
+    embeddings: list[np.ndarray] = []
     known = list(others)
     candidates = islice(rows, 20 * n)
     while len(kept) < n:
@@ -60,4 +63,5 @@ def apart(
                     chosen.append(index)
             known.append(texts.reshape(len(chunk), 2, texts.shape[1])[chosen].reshape(-1, texts.shape[1]))
         kept += [chunk[index] for index in chosen]
-    return kept[:n]
+        embeddings.append(texts[::2][chosen])
+    return kept[:n], np.concatenate(embeddings)[:n]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -50,6 +51,17 @@ class PromptedScene:
     prompt: str
     visible: str
     scene: Scene
+
+
+def scene_to_json(scene: Scene) -> str:
+    """A scene as text."""
+    return json.dumps(asdict(scene), ensure_ascii=False)
+
+
+def scene_from_json(text: str) -> Scene:
+    """The scene that `scene_to_json` wrote."""
+    fields = json.loads(text)
+    return Scene(**fields | {"things": tuple(Thing(**thing) for thing in fields["things"])})
 
 
 class Drawing(NamedTuple):

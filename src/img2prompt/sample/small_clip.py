@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from img2prompt.clip.model import save_clip
 from img2prompt.clip.towers import project, tower
 from img2prompt.core.images import open_image
+from img2prompt.core.process import threads
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import grow, whole
 from img2prompt.sample.render import render
@@ -196,7 +197,7 @@ def pooled_features(
     @torch.no_grad()
     def run(left: Sequence[Sequence[tuple]]) -> Iterator[dict[str, np.ndarray]]:
         calls = [call for batch in left for call in batch]
-        done = Parallel(n_jobs=-1, return_as="generator")(calls)
+        done = Parallel(n_jobs=threads(), return_as="generator")(calls)
         seen = iter(progress(done, what, len(calls), "image"))
         for batch in left:
             part = list(islice(seen, len(batch)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from img2prompt.core.images import decode, read_image
+from img2prompt.core.process import threads
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import ROWS, TEXTS, Row
 from img2prompt.sources.layouts import Layout, recognise
@@ -64,6 +64,10 @@ class Quarantine:
         for row in rows:
             self._csv.writerow(row)
             self.counts[row.reason] += 1
+
+    def __str__(self) -> str:
+        """How many rows there are of each reason."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common()) or "nothing"
 
     def close(self) -> None:
         """Write what is buffered and close the file."""
@@ -204,12 +208,12 @@ def _distinct(entries: Iterable[Entry], name: str) -> Iterator[Batch]:
 def _parallel(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch]:
     """Check images in threads (Pillow decodes outside the interpreter lock), results in order."""
     entries = iter(entries)
-    threads = os.cpu_count() or 1
+    workers = threads()
     waiting: deque[Future[Batch]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         while chunk := list(islice(entries, CHUNK)):
             waiting.append(pool.submit(_check, chunk, name, split))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -1,0 +1,44 @@
+"""The ensemble as it is applied: the members' weights, and the answer where there is nothing to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from img2prompt.core.storage import read_json, write_json
+from img2prompt.ensemble.weights import mix
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Eq. 6 with its weights.
+
+    weights: by member, on the simplex. constant (384,) float32, norm 1: the answer for an image that cannot be read.
+    folds: those whose models the members are made of.
+    """
+
+    weights: Mapping[str, float]
+    constant: np.ndarray
+    folds: tuple[int, ...]
+
+    def __call__(self, members: Mapping[str, np.ndarray], readable: np.ndarray) -> np.ndarray:
+        """The ensemble's predictions (m, 384) float32, norm 1, from those of the members; readable (m,) bool."""
+        found = np.tile(self.constant, (len(readable), 1))
+        if readable.any():
+            parts = [members[name][readable] for name in self.weights]
+            found[readable] = mix(parts, list(self.weights.values()))
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write weights.json and constant.npy."""
+        write_json(folder / "weights.json", {"weights": dict(self.weights), "folds": list(self.folds)})
+        np.save(folder / "constant.npy", self.constant)
+
+    @classmethod
+    def load(cls, folder: Path) -> Mixture:
+        """Read what `save` wrote."""
+        stored = read_json(folder / "weights.json")
+        return cls(stored["weights"], np.load(folder / "constant.npy"), tuple(stored["folds"]))

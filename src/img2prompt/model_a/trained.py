@@ -1,0 +1,110 @@
+"""Model A's trained models of all folds on one CLIP, as files and as one function of an image's features."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from img2prompt.clip.model import Clip
+from img2prompt.clip.towers import tower, unfrozen
+from img2prompt.model_a.heads import HEADS, LinearHead
+from img2prompt.model_a.ridge import Ridge
+
+KINDS = ("ridge", *HEADS)  # the family: the start of both heads, and the heads
+
+
+def save_trained(path: Path, last: nn.Module, head: nn.Module, unfreeze: int, views: Sequence[str]) -> None:
+    """Write the layers that were trained with a head as safetensors.
+
+    unfreeze: the number of these layers. views: the views whose predictions are averaged, the plain one first.
+    """
+    weights = nn.ModuleDict({"tower": last, "head": head}).state_dict()
+    # One entry: safetensors writes several in any order, and equal weights would be other bytes.
+    metadata = {"settings": json.dumps({"unfreeze": unfreeze, "views": list(views)})}
+    save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Model A's family on one CLIP: for every kind, the models of all folds.
+
+    unfreeze: how many of the tower's last layers were trained, so which layers' output is the input here. views: whose
+    predictions are averaged, the plain one first.
+    """
+
+    models: Mapping[str, Sequence[nn.Sequential]]
+    unfreeze: int
+    views: Sequence[str]
+
+    @classmethod
+    def load(cls, folders: Sequence[Path], clip: Clip, device: str) -> Trained:
+        """Load the files ridge.safetensors, linear.safetensors and model_a.safetensors of every fold's folder.
+
+        clip: the one that they were trained on; it is not changed.
+
+        Raises:
+            OSError, ValueError: a file is missing, or is of another CLIP.
+        """
+        models: dict[str, list[nn.Sequential]] = {kind: [] for kind in KINDS}
+        layers = tower(clip.model.visual)
+        settings: set[str] = set()
+        for folder in folders:
+            for kind in KINDS:
+                path = folder / f"{kind}.safetensors"
+                with safe_open(path, "pt", device=device) as file:
+                    stored = file.metadata()["settings"]
+                    weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                if kind != "ridge":
+                    settings.add(stored)
+                last = unfrozen(layers, json.loads(stored)["unfreeze"])
+                models[kind].append(_model(path, kind, last, weights).to(device).eval())
+        if len(settings) != 1:
+            raise ValueError(
+                f"{folders[0].parent.parent}: the folds were trained with other settings: train them again"
+            )
+        return cls(models, **json.loads(settings.pop()))
+
+    @torch.no_grad()
+    def __call__(self, pooled: Sequence[Tensor], frozen: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Predict a batch: by kind (b, 384) float32, the mean of the folds' predictions, each at norm 1.
+
+        A fold's prediction is the mean of the views', each at norm 1, at norm 1 again.
+
+        Args:
+            pooled: for each view V(x) of the untouched tower, (b, d) float32.
+            frozen: for each view the input of the layers that were trained, (b, ...); without such layers as `pooled`.
+        """
+        found = {}
+        for kind, models in self.models.items():
+            inputs = pooled if kind == "ridge" else frozen
+            folds = []
+            for model in models:
+                seen = [functional.normalize(model(x.float()).float()) for x in inputs]
+                folds.append(functional.normalize(sum(seen)) if len(seen) > 1 else seen[0])
+            found[kind] = torch.stack(folds).mean(0)
+        return found
+
+
+def _model(path: Path, kind: str, layers: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential:
+    """A tower's last layers with a head, from the tensors that `save_trained` wrote."""
+    name = "head.fc1" if kind == "model_a" else "head"
+    enter = weights.get(f"{name}.wide.enter.weight")
+    width, features = weights[f"{name}.fc.weight"].shape
+    zeros = torch.zeros(width, features)
+    start = Ridge(torch.zeros(features), torch.ones(features), zeros, torch.zeros(width), 0.0, 0.0, 0.0)
+    head = (LinearHead if kind == "ridge" else HEADS[kind])(start, 0.0, 0 if enter is None else len(enter))
+    model = nn.ModuleDict({"tower": copy.deepcopy(layers), "head": head})
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not of this CLIP: {str(error).splitlines()[-1].strip()}") from None
+    return nn.Sequential(model["tower"], model["head"])
