@@ -69,7 +69,7 @@ def contents(home: Path) -> dict[str, dict[str, str]]:
     """Digests of the files of every output that a stage declares and that is there."""
     outputs = home / "outputs"
     found = {}
-    parted = ("embed_prompts", "model_a")  # declared file by file, fold by fold
+    parted = ("embed_prompts", "embed_test", "model_a", "predict")  # declared in parts
     for out in sorted([*outputs.glob("*"), *(part for name in parted for part in outputs.glob(f"{name}/*"))]):
         if out.name in {".resume", ".lock", *parted} or out.suffix == ".partial":
             continue
@@ -92,7 +92,8 @@ def forget(home: Path, names: list[str]) -> None:
     lock = yaml.safe_load((home / "dvc.lock").read_text())
     for name in names:
         lock["stages"].pop(name.replace(" ", "@"), None)
-        shutil.rmtree(home / "outputs" / name.replace(" ", "/fold_"), ignore_errors=True)
+        folder = name.replace("model_a ", "model_a/fold_", 1) if name.startswith("model_a ") else name.replace(" ", "/")
+        shutil.rmtree(home / "outputs" / folder, ignore_errors=True)
     (home / "dvc.lock").write_text(yaml.safe_dump(lock))
     shutil.rmtree(home / ".dvc/cache/runs", ignore_errors=True)
     (home / "outputs/submission.csv").unlink(missing_ok=True)

@@ -13,7 +13,8 @@ import pandas as pd
 
 from img2prompt.cli.check import load_params
 from img2prompt.core.metric import bootstrap_interval, unit
-from img2prompt.ensemble.members import members_of, read_models
+from img2prompt.core.rows import read_rows
+from img2prompt.ensemble.members import members_of, read_oof
 from img2prompt.ensemble.weights import Cosines, search_weights
 
 
@@ -44,15 +45,13 @@ def show(title: str, values: np.ndarray, names: list[str]) -> None:
 def main() -> None:
     params = load_params()
     fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
-    stored = pd.read_parquet("outputs/ensemble/cosines.parquet")
-    targets = {split: np.load(f"outputs/embed_prompts/{split}.npy") for split in ("train", "test")}
-    clips = len(params.clip.models)
-    models = read_models(Path("outputs"), clips, fold, params.folds.ids)
-    names = members_of(params.ensemble, clips)
-    predictions = {
-        "train": [models[name][0] for name in names],
-        "test": [np.mean(models[name][1], axis=0) for name in names],
-    }
+    stored = pd.read_parquet("outputs/scores/cosines.parquet")
+    targets = {"train": np.load("outputs/embed_prompts/train.npy"), "test": np.load("outputs/prepare_test/targets.npy")}
+    known = read_rows(Path("outputs/prepare_test/test.parquet")).prompt.notna().to_numpy()
+    names = members_of(params.ensemble, len(params.clip.models))
+    oof = read_oof(Path("outputs"), fold)
+    files = [f"outputs/predict/{'knn' if name.startswith('model_b') else 'model_a'}/{name}.npy" for name in names]
+    predictions = {"train": [oof[name] for name in names], "test": [np.load(file)[known] for file in files]}
     for split, place in (("train", "out of fold"), ("test", "test")):
         rows = stored[stored.split == split]
         if rows.empty:

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 from img2prompt.clip.features import Embedder, image_features, text_features
-from img2prompt.clip.model import clip_folders, load_clip
+from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
+from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
 from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
@@ -19,7 +19,7 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     Of views that Model A averages also train_{view}_pooled.npy.
     """
     batch_size, where = embed_images.batch_size, device()
-    clips = clip_folders(Path("outputs/clip"))
+    clips = numbered(Path("outputs/clip"))
     tables = {name: read_rows(Path(f"outputs/prepare/{name}.parquet")) for name in ("train", "texts")}
     files = [*(Path(f"outputs/prepare/{name}.parquet") for name in tables), *clips]
     # What the results depend on: a killed run resumes only if none of it has changed.

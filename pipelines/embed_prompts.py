@@ -47,8 +47,8 @@ def main(embed_prompts: EmbedPromptsParams, prepare: PrepareParams) -> None:
     if (train.source == "sample").any():
         sample = prepare.sample
         # No test prompt may be nearly a train prompt, nor may what of it can be seen.
-        visible = encode([row.visible for row in generate(sample.n_train, sample.seed)], resume=resume / "visible")
-        near = [found["train"], found["texts"], visible]
+        seen = {row.visible for row in generate(sample.n_train, sample.seed)} - set(train.prompt)
+        near = [found["train"], found["texts"], encode(sorted(seen), resume=resume / "visible")]
         test, test_targets = apart(draw(sample.seed, stream=1), sample.n_test, near, encode)
     with whole_folder(Path("outputs/embed_prompts")) as out:
         np.save(out / "train.npy", found["train"])

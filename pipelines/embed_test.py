@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 from img2prompt.clip.features import Embedder, image_features
-from img2prompt.clip.model import clip_folders, load_clip
+from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
+from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
 from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
@@ -23,7 +23,7 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     train has no test_frozen.npy.
     """
     batch_size, where = embed_images.batch_size, device()
-    clips = clip_folders(Path("outputs/clip"))
+    clips = numbered(Path("outputs/clip"))
     keep = [model_a.layers(int(path.name)) for path in clips]
     key = f"{batch_size} {keep} {where}"
     resume = resume_folder("embed_test", key, TEST, *clips, room("core"), room("clip"), Path(__file__))

@@ -9,10 +9,10 @@ from img2prompt.core.metric import cosine
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import whole_folder
 from img2prompt.ensemble.constant import constant
-from img2prompt.ensemble.members import members_of, read_oof
+from img2prompt.ensemble.members import kind_of, members_of, name_of, read_oof
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.ensemble.params import EnsembleParams
-from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, search_weights
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, search_weights
 from pipelines import run
 
 OUTPUTS = Path("outputs")
@@ -21,9 +21,9 @@ OUTPUTS = Path("outputs")
 def main(ensemble: EnsembleParams) -> None:
     """Write weights.json and constant.npy, members.csv, alpha.csv and oof.parquet.
 
-    members.csv: the weights in use, and those that are best out of fold whatever `ensemble.alpha` says. alpha.csv: the
-    best score at each share of Model A's family. oof.parquet: a row a train image, a column a model with the cosine of
-    its out-of-fold prediction.
+    members.csv: the weights in use, and those that are best out of fold, where no model is the mean of several.
+    alpha.csv: the best score out of fold at each share of Model A's family. oof.parquet: a row a train image, a column
+    a model with the cosine of its out-of-fold prediction.
     """
     targets = np.load(OUTPUTS / "embed_prompts/train.npy")
     rows = read_rows(OUTPUTS / "prepare/train.parquet", ["source", "id"])
@@ -36,7 +36,14 @@ def main(ensemble: EnsembleParams) -> None:
     alpha = None if ensemble.alpha == "search" else ensemble.alpha
     members = Cosines.between([models[name] for name in names], targets)
     searched = search_weights(members[scored], family)
-    weights = searched if alpha is None else search_weights(members[scored], family, alpha)
+    # Out of fold one model predicts an image, elsewhere the mean of all folds' models: a better one where they differ.
+    spread = np.zeros(len(names))
+    for place, name in enumerate(names):
+        kind, clip = kind_of(name)
+        if kind in ("linear", "model_a"):
+            heads = (models[name_of(head, clip)][scored] for head in ("linear", "model_a"))
+            spread[place] = heads_spread(*heads, len(ids))
+    weights = search_weights(members[scored].averaged(spread), family, alpha)
     mean_oof, mean = constant(targets, fold, ids, kept)
     oof = rows.assign(split="train", fold=fold, group=table.group.to_numpy(), scored=scored)
     for name, predictions in {"constant": mean_oof, **models}.items():
@@ -44,7 +51,7 @@ def main(ensemble: EnsembleParams) -> None:
     oof["ensemble"] = cross_fitted(members, fold, scored, family, alpha)[0].astype(np.float32)
     with whole_folder(OUTPUTS / "ensemble") as out:
         Mixture(dict(zip(names, weights.tolist(), strict=True)), mean, tuple(ids)).save(out)
-        weighed = pd.DataFrame({"member": names, "weight": weights, "weight_searched": searched})
+        weighed = pd.DataFrame({"member": names, "weight": weights, "weight_oof": searched})
         weighed.to_csv(out / "members.csv", index=False)
         alpha_curve(members[scored], family).to_csv(out / "alpha.csv", index=False)
         oof.to_parquet(out / "oof.parquet", index=False)

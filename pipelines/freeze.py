@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 from img2prompt.clip.features import Embedder, image_features
-from img2prompt.clip.model import clip_folders, load_clip
+from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
+from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
 from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
@@ -22,7 +22,7 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     run in every epoch, on other images.
     """
     batch_size, where = embed_images.batch_size, device()
-    clips = clip_folders(Path("outputs/clip"))
+    clips = numbered(Path("outputs/clip"))
     keep = [0 if model_a.augmentation.on else model_a.layers(int(path.name)) for path in clips]
     key = f"{batch_size} {keep} {where}"
     resume = resume_folder("freeze", key, TRAIN, *clips, room("core"), room("clip"), Path(__file__))

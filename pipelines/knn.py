@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from img2prompt.core.device import device
-from img2prompt.core.storage import whole_folder, write_json
+from img2prompt.core.storage import numbered, whole_folder, write_json
 from img2prompt.model_b.choice import Texts, fit
 from img2prompt.model_b.params import KnnParams
 from pipelines import run
@@ -24,7 +24,7 @@ def main(knn: KnnParams) -> None:
     kept, scored, texts_kept = (np.load(f"outputs/dedup/{name}.npy") for name in ("kept", "scored", "texts_kept"))
     near = dict(zip(np.unique(fold).tolist(), np.load("outputs/folds/texts_near.npy").T, strict=True))
     with whole_folder(Path("outputs/knn")) as out:
-        for embedded in sorted(Path("outputs/embed_images").iterdir()):
+        for embedded in numbered(Path("outputs/embed_images")):
             images, prompts, texts = (
                 np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "texts_text")
             )

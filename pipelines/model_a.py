@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from img2prompt.clip.model import clip_folders
 from img2prompt.core.device import device
-from img2prompt.core.storage import RESUME, digest, room, whole_folder
+from img2prompt.core.storage import RESUME, digest, numbered, room, whole_folder
 from img2prompt.model_a.fold import Features, Fold, TrainRows
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.params import ModelAParams
@@ -55,7 +54,7 @@ def main(model_a: ModelAParams) -> None:
     """
     held_out = int(sys.argv[1])
     rows = TrainRows.read(OUTPUTS)
-    clips = clip_folders(OUTPUTS / "clip")
+    clips = numbered(OUTPUTS / "clip")
     keys = [digest(model_a.model_dump_json(), device(), path, *DEPENDS) for path in clips]
     resume = RESUME / f"model_a/fold_{held_out}"
     for stale in resume.glob("*"):

@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from img2prompt.clip.features import stem
-from img2prompt.clip.model import clip_folders, load_clip
 from img2prompt.clip.params import EmbedImagesParams
 from img2prompt.core.device import device
 from img2prompt.core.progress import progress
-from img2prompt.core.storage import RESUME, grow, resume_folder, room, whole_folder
+from img2prompt.core.storage import RESUME, grow, numbered, resume_folder, room, whole_folder
 from img2prompt.ensemble.members import name_of
-from img2prompt.model_a.trained import Trained
 from img2prompt.model_b.bank import Bank
 from img2prompt.prompts.params import FoldsParams
 from pipelines import run
@@ -26,6 +23,11 @@ ROOMS = [room(name) for name in ("core", "clip", "ensemble", "model_a", "model_b
 
 def predict_model_a(clip: Path, ids: Sequence[int], batch_size: int, resume: Path, out: Path) -> None:
     """The family's members on one CLIP, batch by batch; a killed run resumes from what is in `resume`."""
+    # Model B need not wait for open_clip's import, which takes seconds.
+    from img2prompt.clip.features import stem
+    from img2prompt.clip.model import load_clip
+    from img2prompt.model_a.trained import Trained
+
     where, stored = device(), OUTPUTS / "embed_test/model_a" / clip.name
     folders = [OUTPUTS / f"model_a/fold_{held_out}" / clip.name for held_out in ids]
     trained = Trained.load(folders, load_clip(clip, "cpu"), where)
@@ -62,7 +64,7 @@ def predict_model_b(clip: Path, out: Path) -> None:
 
 def main(embed_images: EmbedImagesParams, folds: FoldsParams) -> None:
     """Write {ridge,linear,model_a}.npy or model_b.npy: (m, 384) float32; of a second CLIP ridge_1.npy and so on."""
-    part, clips = sys.argv[1], clip_folders(OUTPUTS / "clip")
+    part, clips = sys.argv[1], numbered(OUTPUTS / "clip")
     with whole_folder(OUTPUTS / "predict" / part) as out:
         if part == "knn":
             for clip in clips:

@@ -70,7 +70,7 @@ def main(dedup: DedupParams) -> None:
     cosines = pd.concat([oof, known_cosines(rows, test, targets, group_threshold)], ignore_index=True)
     family = ~weighed.member.str.startswith("model_b")
     scores: dict[str, object] = scores_of(cosines, models)
-    alpha, searched = (float(weighed.loc[family, column].sum()) for column in ("weight", "weight_searched"))
+    alpha, searched = (float(weighed.loc[family, column].sum()) for column in ("weight", "weight_oof"))
     scores["ensemble"] |= {"alpha": alpha, "alpha_searched": searched}
     histories = mean_histories(OUTPUTS / "model_a", mixture.folds)
     with whole_folder(OUTPUTS / "scores") as out:

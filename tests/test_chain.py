@@ -125,7 +125,7 @@ def test_scores_are_those_of_the_predictions(home):
 def test_weights_are_a_simplex_and_alpha_is_the_family_s_share(home):
     members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
     assert members.index.tolist() == ["model_a", "linear", "ridge", "model_b"]
-    for column, key in (("weight", "alpha"), ("weight_searched", "alpha_searched")):
+    for column, key in (("weight", "alpha"), ("weight_oof", "alpha_searched")):
         assert (members[column] >= 0).all()
         assert members[column].sum() == pytest.approx(1)
         assert scores()["ensemble"][key] == pytest.approx(1 - members[column]["model_b"])

@@ -6,7 +6,7 @@ import pytest
 
 from img2prompt.core.metric import bootstrap_interval, cosine, unit
 from img2prompt.ensemble.constant import constant
-from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, search_weights, spread
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, mix, search_weights
 from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_of, scores_table
 
 N, DIM = 300, 16
@@ -164,32 +164,33 @@ def test_a_fold_s_weights_come_from_the_other_folds(members):
         cross_fitted(cosines, fold, fold == 0)
 
 
-def test_spread_by_hand():
-    # Two models at (1, 0) and (0, 1): their mean (0.5, 0.5) has squared norm 0.5.
-    first = [np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])]
-    np.testing.assert_allclose(spread([first, first[::-1], [first[0]]]), [[0.5, -0.5, 0], [-0.5, 0.5, 0], [0, 0, 0]])
-    assert spread([[first[0]] * 4])[0, 0] == 0
+def test_means_of_models_are_nearer_to_the_target_and_to_each_other():
+    # One image: two members at cosine 0.6 with the target and 0.5 with each other. The means of their models have a
+    # squared norm of 0.64 and 1: dot products with the target stay, so the first's cosine grows to 0.6 / 0.8.
+    cosines = Cosines(np.array([[0.6, 0.6]]), np.array([[[1, 0.5], [0.5, 1]]]))
+    found = cosines.averaged(np.array([0.36, 0.0]))
+    np.testing.assert_allclose(found.to_target, [[0.75, 0.6]])
+    np.testing.assert_allclose(found.gram, [[[1, 0.625], [0.625, 1]]])
 
 
-def test_spread_finds_the_weights_for_means_of_models():
-    # Two members of five models each, of which the k-th ones err alike (they trained on the same fold), and one model;
-    # 5,000 images, 64-d.
+def test_two_heads_out_of_fold_tell_the_weights_for_means_of_models():
+    # Two heads of five models each, whose errors are in part their own each time, and one model; 5,000 images, 64-d.
     rng = np.random.default_rng(0)
     targets = unit(rng.normal(size=(5000, 64)))
 
     def noise(size):
         return size * rng.normal(size=targets.shape)
 
-    both, per_fold = noise(0.1), [noise(0.1) for _ in range(5)]
-    first = [unit(targets + both + shared + noise(0.02)) for shared in per_fold]
-    shared_by_all = noise(0.1)
-    second = [unit(targets + both + shared_by_all + 0.5 * shared + noise(0.02)) for shared in per_fold]
-    other = unit(targets + noise(0.17))
+    shared = noise(0.1)
+    first, second = ([unit(targets + shared + noise(0.08)) for _ in range(5)] for _ in range(2))
+    other = unit(targets + noise(0.14))
     wanted = search_weights(Cosines.between([np.mean(first, axis=0), np.mean(second, axis=0), other], targets))
     single = Cosines.between([first[0], second[0], other], targets)
-    found = search_weights(single.bagged(spread([first, second, [other]])))
-    np.testing.assert_allclose(found, wanted, atol=0.015)
-    assert abs(search_weights(single) - wanted).max() > 0.1
+    spread = heads_spread(first[0], second[0], 5)
+    assert spread == pytest.approx(1 - np.square(np.linalg.norm(np.mean(first, axis=0), axis=1)).mean(), rel=0.05)
+    found = search_weights(single.averaged(np.array([spread, spread, 0])))
+    assert abs(found[2] - wanted[2]) < 0.01
+    assert abs(search_weights(single)[2] - wanted[2]) > 0.03
 
 
 def test_constant_by_hand():

@@ -44,7 +44,7 @@ GRIDS: dict[str, list[object]] = {
     "wise": [1.0, 0.8, 0.6],
     "dropout": [0.0, 0.2, 0.4],
     "weight_decay": [0.01, 0.1, 1.0],
-    "tta": [],  # `search` fills in no view, each view of params.yaml, and all: `embed_images` has no others
+    "tta": [],  # `search` fills in no view, each view of params.yaml, and all: no others are stored
 }
 TABLE = Path("outputs/search.csv")
 LINE = (
@@ -104,22 +104,29 @@ def search(params: Params, asked: argparse.Namespace) -> None:
     def start(held_out: int, pretrain: bool) -> Ridge:
         return splits[held_out].start(pretrain)
 
-    @cache
-    def trained(kind: str, held_out: int, seed: int, values: tuple[tuple[str, object], ...]) -> nn.ModuleDict:
-        setting = dict(values)
+    latest: dict[tuple[str, int, int], tuple[Setting, nn.ModuleDict]] = {}
+
+    def trained(kind: str, held_out: int, seed: int, setting: Setting) -> nn.ModuleDict:
+        # Views take no training of their own: their settings follow one another and share it. Others are not held.
+        setting = {key: value for key, value in setting.items() if key != "tta"}
+        place = kind, held_out, seed
+        if place in latest and latest[place][0] == setting:
+            return latest[place][1]
+        latest.pop(place, None)
         rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
         changed = section.model_copy(update=setting)
-        folder = RESUME / "search" / digest(repr((kind, held_out, seed, setting)))
+        folder = RESUME / "search" / digest(repr((*place, setting)))
         model, _ = splits[held_out].train(
             kind, start(held_out, changed.pretrain), frozen["plain"], changed, rates, (section.seed + seed, held_out),
             where, folder, watch=False,
         )  # fmt: skip
         shutil.rmtree(folder)
+        if "tta" in asked.grids:
+            latest[place] = setting, model
         return model
 
     def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
-        values = tuple(pair for pair in setting.items() if pair[0] != "tta")  # views need no training of their own
-        model, wanted = trained(kind, held_out, seed, values), splits[held_out].watched_rows
+        model, wanted = trained(kind, held_out, seed, setting), splits[held_out].watched_rows
         seen = [frozen[name] for name in ("plain", *setting.get("tta", section.tta))]
         found = predict(model["tower"], model["head"], seen, wanted, section.batch_size, where)
         return cosine(found, rows.targets[0, wanted])
@@ -159,5 +166,7 @@ def search(params: Params, asked: argparse.Namespace) -> None:
             best = max([around, *tried], key=lambda setting: known[repr(setting)])
         if not asked.apart:
             print(f"{kind}: {known[repr(best)]:.4f} with {best}", flush=True)
+    if set(folds) == set(ids):
+        print("Over all folds the inner splits see every row once: out-of-fold scores flatter what was picked here")
     with whole(TABLE) as path:
         pd.DataFrame(results).round(6).to_csv(path, index=False)

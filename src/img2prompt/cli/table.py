@@ -34,6 +34,7 @@ PAPER = {
     "model_a.ema": "0.0",
     "model_a.wise": "1.0",
     "model_a.tta": "[]",
+    "model_a.any_image": "false",
     "knn.keys": "both",
     "ensemble.members": "[model_a,model_b]",
     "ensemble.clips": "[0]",

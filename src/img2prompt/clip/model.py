@@ -89,11 +89,6 @@ def materialise(model: str, pretrained: str | None, image_size: int | None, fold
     save_clip(loaded, open_clip.get_tokenizer(model), config, folder)
 
 
-def clip_folders(parent: Path) -> list[Path]:
-    """The folders 0, 1, ... of a run's CLIPs, in order."""
-    return sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: int(path.name))
-
-
 def load_clip(folder: Path, device: str) -> Clip:
     """Load an open_clip folder, in evaluation mode and float32."""
     name = f"local-dir:{folder}"

@@ -136,6 +136,11 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def numbered(parent: Path) -> list[Path]:
+    """The folders 0, 1, ... in a folder, in order: one for each CLIP of a run."""
+    return sorted((path for path in parent.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
 def room(name: str) -> Path:
     """The folder of one of img2prompt's packages: its `digest` changes with the code in it."""
     return Path(__file__).resolve().parent.parent / name

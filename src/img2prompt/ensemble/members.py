@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from img2prompt.core.storage import numbered
 from img2prompt.ensemble.params import EnsembleParams
 
 MODEL_A = ("ridge", "linear", "model_a")  # the models of Model A's family
@@ -15,6 +16,12 @@ MODEL_A = ("ridge", "linear", "model_a")  # the models of Model A's family
 def name_of(kind: str, clip: int) -> str:
     """A model's name: those of the first CLIP are plain, those of a second one are ridge_1, linear_1, and so on."""
     return f"{kind}_{clip}" if clip else kind
+
+
+def kind_of(name: str) -> tuple[str, int]:
+    """The kind and the CLIP's number of a model's name: the reverse of `name_of`."""
+    kind, _, clip = name.rpartition("_")
+    return (kind, int(clip)) if clip.isdigit() else (name, 0)
 
 
 def members_of(section: EnsembleParams, clips: int) -> list[str]:
@@ -29,7 +36,7 @@ def read_oof(outputs: Path, fold: np.ndarray) -> dict[str, np.ndarray]:
     fold (n,) int64. Only the folds that it names are read: one that was removed leaves its files behind.
     """
     found = {}
-    for clip in range(len(list((outputs / "knn").iterdir()))):
+    for clip in range(len(numbered(outputs / "knn"))):
         for kind in MODEL_A:
             found[name_of(kind, clip)] = _joined(outputs, f"{clip}/{kind}_oof.npy", fold, np.unique(fold).tolist())
         found[name_of("model_b", clip)] = np.load(outputs / f"knn/{clip}/oof.npy")

@@ -49,15 +49,17 @@ class Cosines:
         """The cosines of some rows, given as a mask or as indices."""
         return Cosines(self.to_target[rows], self.gram[rows])
 
-    def bagged(self, spread: np.ndarray) -> Cosines:
-        """The expected cosines where each member becomes the mean of several models like the single one it is here.
+    def averaged(self, spread: np.ndarray) -> Cosines:
+        """What to expect where each member is the mean of models like the one that these cosines are of.
 
-        spread (m, m): the result of the function `spread`. The mean of models that have norm 1 has the same expected
-        dot product with the target as one of them. Its dot product with another member's mean is less by their
-        covariance over folds. Its norm is below 1, so scaled to norm 1 it is nearer to both. No target is needed.
+        spread (m,): how much shorter the mean of a member's models is than 1, squared: 1 - |mean|**2. The mean has the
+        same expected dot product with the target and with other members as each of its models, and is shorter, so at
+        norm 1 again it is nearer to all of them.
         """
-        norms = np.sqrt(1 - np.diag(spread))
-        return Cosines(self.to_target / norms, (self.gram - spread) / np.outer(norms, norms))
+        norms = np.sqrt(1 - spread)
+        gram = self.gram / np.outer(norms, norms)
+        gram[:, np.arange(len(norms)), np.arange(len(norms))] = 1.0
+        return Cosines(self.to_target / norms, gram)
 
     def of_mix(self, weights: np.ndarray) -> np.ndarray:
         """The cosine of the `mix` of weights (m,) with the target: (n,), w.c / sqrt(w G w)."""
@@ -78,25 +80,15 @@ class Cosines:
         return np.maximum(squared, 1e-12)
 
 
-def spread(members: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """The covariance over folds of the models of each pair of members, as a mean over rows: (m, m) float64.
+def heads_spread(first: np.ndarray, second: np.ndarray, k: int) -> float:
+    """How much shorter than 1, squared, the mean of k folds' models of a head will be, told from two heads out of fold.
 
-    members: for each member, its models' predictions (n, d), rows of norm 1, in the order of the folds; a member that
-    is a single model is a list of one, and its row and column are 0. Models whose predictions are all the same give 0;
-    a member's own entry is 1 - |mean of its models|**2.
+    first, second (n, d), norm 1: predictions of two heads that were trained on the same rows in other orders. What they
+    disagree on, 1 minus their mean cosine, is half the sum of the variances of training; the mean of k models loses all
+    but 1/k of its own. That other folds are other rows too is left out, so this is rather too little. No test image is
+    looked at.
     """
-    means = [np.mean(models, axis=0, dtype=np.float64) for models in members]
-    found = np.zeros((len(members), len(members)))
-    for i, first in enumerate(members):
-        for j, second in enumerate(members[: i + 1]):
-            if min(len(first), len(second)) > 1:
-                within = [_mean_dot(a, b) for a, b in zip(first, second, strict=True)]
-                found[i, j] = found[j, i] = np.mean(within) - _mean_dot(means[i], means[j])
-    return found
-
-
-def _mean_dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.einsum("ij,ij->", a, b, dtype=np.float64)) / len(a)
+    return float(1 - cosine(first, second).mean()) * (1 - 1 / k)
 
 
 def search_weights(

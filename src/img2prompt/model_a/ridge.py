@@ -61,18 +61,41 @@ class _Spectrum:
         self.groups = [
             torch.tensor(np.stack(alike.to_list())) for _, alike in members.groupby(members.map(len))
         ]  # of every size g, the rows of the m groups of that size: (m, g)
+        # Of groups with more rows than the eigenbasis has columns p: the rows' products, (m, p + 1, p + 1).
+        self.grams = {
+            number: torch.stack([wide.T @ wide for wide in map(self._wide, rows)])
+            for number, rows in enumerate(self.groups)
+            if rows.shape[1] > self.basis.shape[1]
+        }
+
+    def _wide(self, rows: Tensor) -> Tensor:
+        """The basis of rows (g,) with the intercept's column: (g, p + 1)."""
+        intercept = self.basis.new_full((len(rows), 1), 1 / math.sqrt(len(self.x)))
+        return torch.cat([self.basis[rows], intercept], dim=1)
 
     def left_out(self, outputs: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
-        """For each strength, outputs (n, o) of mean 0 minus each row's prediction without the rows of its group."""
+        """For each strength, outputs (n, o) of mean 0 minus each row's prediction without the rows of its group.
+
+        With C = [rooted basis, intercept] of a group, and r its residuals in the fit of all rows, these are
+        (I - C C')^-1 r, or by Woodbury's identity r + C (I - C'C)^-1 C' r: the smaller of the two systems is solved.
+        """
         projected = self.basis.T @ outputs
         for strength in strengths:
             shrink = self.values / (self.values + strength)
             residual = outputs - self.basis @ (shrink[:, None] * projected)
             rooted = self.basis * shrink.sqrt()
-            for rows in self.groups:
-                block = rooted[rows]
-                hat = block @ block.mT + 1 / len(self.x)  # the last term is the intercept's
-                residual[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
+            scale = torch.cat([shrink.sqrt(), shrink.new_ones(1)])
+            for number, rows in enumerate(self.groups):
+                if number in self.grams:
+                    for own, gram in zip(rows, self.grams[number], strict=True):
+                        wide = self._wide(own)
+                        inner = torch.eye(len(scale), dtype=gram.dtype) - gram * torch.outer(scale, scale)
+                        pull = torch.linalg.solve(inner, scale[:, None] * (wide.T @ residual[own]))
+                        residual[own] += wide @ (scale[:, None] * pull)
+                else:
+                    block = rooted[rows]
+                    hat = block @ block.mT + 1 / len(self.x)  # the last term is the intercept's
+                    residual[rows] = torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, residual[rows])
             yield residual
 
     def weight(self, outputs: Tensor, strength: float) -> Tensor:
@@ -128,7 +151,7 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
             q = left_out[:, t.shape[1] :]
             added = q @ translate
             for rows in spectrum.groups:
-                added[rows] -= q[rows] @ inverse @ c[rows].mT @ wrong[rows]
+                added[rows] -= q[rows] @ (inverse @ (c[rows].mT @ wrong[rows]))
             aa, ab, bb = (predicted * predicted).sum(1), (predicted * added).sum(1), (added * added).sum(1)
             norms = (aa[:, None] + 2 * shares * ab[:, None] + shares**2 * bb[:, None]).sqrt()
             dots = (predicted * t).sum(1)[:, None] + shares * (added * t).sum(1)[:, None]

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from img2prompt.clip.features import Embedder
-from img2prompt.clip.model import clip_folders, load_clip, view
+from img2prompt.clip.model import load_clip, view
 from img2prompt.core.device import device as default_device
 from img2prompt.core.images import decode, open_image
+from img2prompt.core.storage import numbered
 from img2prompt.ensemble.members import name_of
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.model_a.trained import Trained
@@ -91,7 +92,7 @@ class Predictor:
         """
         folder, device = Path(folder), device or default_device()
         mixture = Mixture.load(folder / "ensemble")
-        numbers = [int(path.name) for path in clip_folders(folder / "clip")]
+        numbers = [int(path.name) for path in numbered(folder / "clip")]
         return cls([_OneClip.load(folder, number, mixture.folds, device) for number in numbers], mixture)
 
     def predict(self, images: Sequence[Source], batch_size: int = 64) -> Prediction:

@@ -11,6 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from img2prompt.ensemble.members import kind_of
+
 COLOURS = {
     "constant": "#9aa0a6", "ridge": "#e6ab02", "linear": "#4285f4", "model_a": "#1b9e77", "model_b": "#d95f02",
     "ensemble": "#7b3294",
@@ -86,7 +88,7 @@ def _lines(axes: Axes, table: pd.DataFrame, x: str, style: Mapping[str, str]) ->
     for name in table.columns.drop(x):
         # As text, fold ids are equally far apart and no half fold gets a tick.
         places = table[x].astype(str) if x == "fold" else table[x]
-        kind, _, clip = name.rpartition("_")
-        colour, line = (COLOURS.get(kind), "--") if clip.isdigit() else (COLOURS.get(name), "-")
-        axes.plot(places, table[name], label=name, **{"color": colour, "linestyle": line} | style)
+        kind, clip = kind_of(name)
+        line = {"color": COLOURS.get(kind), "linestyle": "--" if clip else "-"}
+        axes.plot(places, table[name], label=name, **line | style)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # never over a point

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from img2prompt.core.metric import bootstrap_interval, cosine
+from img2prompt.core.storage import numbered
 from img2prompt.ensemble.members import name_of
 from img2prompt.prompts.folds import components, similarity_forest
 
@@ -68,7 +69,7 @@ def by_fold(scores: Mapping[str, Mapping[str, float]], models: Sequence[str]) ->
 def mean_histories(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
     """Scores by `epoch`, mean over the held-out folds: a column a head, of a second CLIP linear_1 and so on."""
     columns = {}
-    for clip in sorted((folder / f"fold_{folds[0]}").iterdir(), key=lambda path: int(path.name)):
+    for clip in numbered(folder / f"fold_{folds[0]}"):
         for kind in ("linear", "model_a"):
             files = [folder / f"fold_{held_out}" / clip.name / f"{kind}_history.csv" for held_out in folds]
             scores = pd.concat([pd.read_csv(file).score for file in files], axis=1)
