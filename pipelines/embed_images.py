@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from img2prompt.clip.features import Embedder, image_features, text_features
+from img2prompt.clip.features import Embedder, ahead_folder, image_features, text_features
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
 from img2prompt.core.device import device
@@ -12,30 +12,40 @@ from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole
 from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
+TRAIN, TEXTS = Path("outputs/prepare/train.parquet"), Path("outputs/prepare/texts.parquet")
+
 
 def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     """Of every CLIP write {train,texts}_text.npy, train_image.npy and train_pooled.npy.
 
     Of views that Model A averages also train_{view}_pooled.npy.
     """
-    batch_size, where = embed_images.batch_size, device()
-    clips = numbered(Path("outputs/clip"))
-    tables = {name: read_rows(Path(f"outputs/prepare/{name}.parquet")) for name in ("train", "texts")}
-    files = [*(Path(f"outputs/prepare/{name}.parquet") for name in tables), *clips]
+    batch_size, where, clips = embed_images.batch_size, device(), numbered(Path("outputs/clip"))
     # What the results depend on: a killed run resumes only if none of it has changed.
-    resume = resume_folder("embed_images", f"{batch_size} {where}", *files, room("core"), room("clip"), Path(__file__))
-    found: dict[str, Path] = {}
-    for path in clips:
+    key = [f"{batch_size} {where}", TRAIN, TEXTS, *clips, room("core"), room("clip"), Path(__file__)]
+    resume = resume_folder("embed_images", *key)
+    # No output here depends on model_a.unfreeze: the frozen layers run anyway, and `freeze` need not run them again.
+    keep = [model_a.stored(int(path.name)) for path in clips]
+    ahead = ahead_folder(TRAIN, clips, keep, batch_size, where)
+    images = read_rows(TRAIN, ["image"]).image
+    found: list[tuple[str, Path]] = []
+    for path, layers in zip(clips, keep, strict=True):
         clip, folder = load_clip(path, where), resume / path.name
+        (ahead / path.name).mkdir(exist_ok=True)
         for view in ("plain", *model_a.tta):
-            embedder = Embedder(clip, where, 0, ("image", "pooled") if view == "plain" else ("pooled",))
-            for file in image_features(clip, tables["train"].image, embedder, batch_size, folder, "train", view):
-                found[f"{path.name}/{file.name}"] = file
-        for name, table in tables.items():
-            file = text_features(clip, table.prompt, batch_size, where, folder / f"{name}_text")
-            found[f"{path.name}/{name}_text.npy"] = file
+            wanted = [*["image"] * (view == "plain"), "pooled", *["frozen"] * (layers > 0)]
+            embedder = Embedder(clip, where, layers, wanted)
+            files = image_features(clip, images, embedder, batch_size, folder / str(layers), "train", view)
+            found += [(f"{path.name}/{file.name}", file) for file in files if not file.stem.endswith("frozen")]
+            for file in files:
+                if file.stem.endswith("frozen"):
+                    file.replace(ahead / path.name / file.name)
+        for name, table in (("train", TRAIN), ("texts", TEXTS)):
+            prompts = read_rows(table, ["prompt"]).prompt
+            file = text_features(clip, prompts, batch_size, where, folder / f"{name}_text")
+            found.append((f"{path.name}/{name}_text.npy", file))
     with whole_folder(Path("outputs/embed_images")) as out:
-        for name, file in found.items():
+        for name, file in found:
             (out / name).parent.mkdir(exist_ok=True)
             file.rename(out / name)
     shutil.rmtree(RESUME / "embed_images")

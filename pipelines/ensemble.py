@@ -7,7 +7,7 @@ import pandas as pd
 
 from img2prompt.core.metric import cosine
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import whole_folder
+from img2prompt.core.storage import numbered, whole_folder
 from img2prompt.ensemble.constant import constant
 from img2prompt.ensemble.members import kind_of, members_of, name_of, read_oof
 from img2prompt.ensemble.mixture import Mixture
@@ -31,7 +31,7 @@ def main(ensemble: EnsembleParams) -> None:
     fold, ids = table.fold.to_numpy(), np.unique(table.fold).tolist()
     kept, scored = np.load(OUTPUTS / "dedup/kept.npy"), np.load(OUTPUTS / "dedup/scored.npy")
     models = read_oof(OUTPUTS, fold)
-    names = members_of(ensemble, len(models) // 4)
+    names = members_of(ensemble, len(numbered(OUTPUTS / "knn")))
     family = np.array([not name.startswith("model_b") for name in names])
     alpha = None if ensemble.alpha == "search" else ensemble.alpha
     members = Cosines.between([models[name] for name in names], targets)

@@ -3,12 +3,12 @@
 import shutil
 from pathlib import Path
 
-from img2prompt.clip.features import Embedder, image_features
+from img2prompt.clip.features import Embedder, ahead_folder, image_features, stem
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
+from img2prompt.core.storage import RESUME, numbered, whole_folder
 from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
@@ -21,20 +21,19 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     A CLIP whose tower does not train has an empty folder. So has every CLIP with augmentation: the frozen layers then
     run in every epoch, on other images.
     """
-    batch_size, where = embed_images.batch_size, device()
-    clips = numbered(Path("outputs/clip"))
-    keep = [0 if model_a.augmentation.on else model_a.layers(int(path.name)) for path in clips]
-    key = f"{batch_size} {keep} {where}"
-    resume = resume_folder("freeze", key, TRAIN, *clips, room("core"), room("clip"), Path(__file__))
-    references = read_rows(TRAIN, ["image"]).image
+    batch_size, where, clips = embed_images.batch_size, device(), numbered(Path("outputs/clip"))
+    keep = [model_a.stored(int(path.name)) for path in clips]
+    ahead = ahead_folder(TRAIN, clips, keep, batch_size, where)
+    images = read_rows(TRAIN, ["image"]).image
     found: list[tuple[str, Path]] = []
     for path, layers in zip(clips, keep, strict=True):
-        if layers:
-            clip = load_clip(path, where)
-            embedder = Embedder(clip, where, layers, ("frozen",))
-            for view in ("plain", *model_a.tta):
-                files = image_features(clip, references, embedder, batch_size, resume / path.name, "train", view)
-                found += [(path.name, file) for file in files]
+        for view in ("plain", *model_a.tta) if layers else ():
+            file = ahead / path.name / f"{stem('train', view)}_frozen.npy"
+            if not file.is_file():
+                clip = load_clip(path, where)
+                embedder = Embedder(clip, where, layers, ["frozen"])
+                (file,) = image_features(clip, images, embedder, batch_size, ahead / path.name / "here", "train", view)
+            found.append((path.name, file))
     with whole_folder(Path("outputs/freeze")) as out:
         for path in clips:
             (out / path.name).mkdir()

@@ -8,9 +8,8 @@ import pandas as pd
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import read_json, whole, whole_folder, write_json
 from img2prompt.ensemble.mixture import Mixture
-from img2prompt.prompts.dedup import max_cosine
-from img2prompt.prompts.folds import near_folds
 from img2prompt.prompts.params import DedupParams
+from img2prompt.report.facts import facts
 from img2prompt.report.figures import draw_scores
 from img2prompt.report.scores import (
     by_fold,
@@ -23,29 +22,6 @@ from img2prompt.report.scores import (
 from pipelines import run
 
 OUTPUTS = Path("outputs")
-
-
-def facts(targets: np.ndarray, rows: pd.DataFrame, dedup: DedupParams) -> dict[str, dict[str, object]]:
-    """What to know of the data beside the scores. targets (k, 384): of the test rows whose prompt is known."""
-    kept = np.load(OUTPUTS / "dedup/kept.npy")
-    found: dict[str, dict[str, object]] = {
-        "folds": read_json(OUTPUTS / "folds/folds.json"),
-        "dedup": {"raw": len(kept), "kept": int(kept.sum())},
-        "test": {"images": len(rows), "unreadable": int(rows.image.isna().sum()), "prompts_known": len(targets)},
-    }
-    if len(targets):
-        prompts = OUTPUTS / "embed_prompts"
-        seen = {"train": np.concatenate([np.load(prompts / "train.npy"), np.load(prompts / "texts.npy")])}
-        if (OUTPUTS / "clip/pairs.npy").is_file():
-            seen["clip_pair"] = np.load(OUTPUTS / "clip/pairs.npy")
-        found["test"]["max_train_cosine"] = max_cosine(targets, seen["train"])
-        for name, others in seen.items():
-            near = near_folds(targets, others, np.zeros(len(others)), [0], dedup.scored)
-            found["test"][f"near_a_{name}"] = int(near.sum())
-    reasons = pd.concat(
-        pd.read_csv(OUTPUTS / stage / "quarantine.csv", usecols=["reason"]) for stage in ("prepare", "prepare_test")
-    ).reason.value_counts()
-    return found | {"prepare": {"quarantined": int(reasons.sum()), **reasons.sort_index().to_dict()}}
 
 
 def main(dedup: DedupParams) -> None:
@@ -85,7 +61,7 @@ def main(dedup: DedupParams) -> None:
             out / "scores.png", by_fold(scores, models), searched, curve, histories, thresholds, dedup.threshold
         )
     with whole(OUTPUTS / "scores.json") as path:
-        write_json(path, scores | facts(targets, rows, dedup))
+        write_json(path, scores | facts(OUTPUTS, rows, targets, dedup.scored))
 
 
 if __name__ == "__main__":

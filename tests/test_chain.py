@@ -551,3 +551,17 @@ def test_prompts_without_images_leave_folds_and_images_rows_as_they_are(copy):
     change(prepare={"train": ["input/train"]})
     chain(["prepare", "embed_prompts", "dedup", "folds", "embed_images", "model_a"])
     assert not np.array_equal(np.load("outputs/model_a/fold_7/0/ridge_oof.npy"), with_texts)
+
+
+def test_what_embed_images_leaves_for_freeze_is_what_freeze_computes(copy):
+    frozen = Path("outputs/freeze/0/train_frozen.npy")
+    computed = []
+    for ahead in (True, False):
+        chain(["embed_images"])
+        assert any(Path("outputs/.resume/freeze").rglob("train_frozen.npy"))
+        if not ahead:
+            shutil.rmtree("outputs/.resume/freeze")
+        chain(["freeze"])
+        assert not Path("outputs/.resume/freeze").exists()
+        computed.append(frozen.read_bytes())
+    assert computed[0] == computed[1]

@@ -125,6 +125,8 @@ def test_sections_that_do_not_go_together_are_named(tmp_path):
         load_params(written(tmp_path, model_a__unfreeze=[5, 0]))
     with pytest.raises(ValueError, match=r"ensemble\.clips: \[0, 2\]: clip\.model has the numbers 0 to 1"):
         load_params(written(tmp_path, clip__model=["sample", "sample:lite1"], ensemble__clips=[0, 2]))
+    with pytest.raises(ValueError, match=r"prepare\.test: `sample` follows from `sample` among prepare\.train"):
+        load_params(written(tmp_path, prepare__train=["input/mine"]))
     each = load_params(written(tmp_path, clip__model=["sample", "sample:lite1"], model_a__unfreeze=[5, 0])).model_a
     assert (each.layers(0), each.layers(1)) == (5, 0)
     assert load_params(written(tmp_path, model_a__unfreeze=3)).model_a.layers(7) == 3

@@ -9,8 +9,8 @@ import pytest
 from conftest import made_chain
 from PIL import Image
 
+from img2prompt import Predictor
 from img2prompt.core.rows import read_rows
-from img2prompt.predict.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_paths_bytes_and_images_are_taken(predictor, images):
     expected = predictor.predict([path]).embeddings
     buffer = io.BytesIO()
     Image.open(path).convert("RGBA").save(buffer, "PNG")
-    for image in (str(path), path.read_bytes(), buffer.getvalue(), Image.open(path)):
+    for image in (str(path), path.read_bytes(), buffer.getvalue(), Image.open(path), Image.open(buffer)):
         np.testing.assert_array_equal(predictor.predict([image]).embeddings, expected)
     assert predictor.predict([]).embeddings.shape == (0, 384)
 

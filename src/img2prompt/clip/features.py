@@ -16,7 +16,7 @@ from img2prompt.clip.model import Clip, view
 from img2prompt.clip.towers import project, tower, unfrozen
 from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
-from img2prompt.core.storage import grow
+from img2prompt.core.storage import grow, resume_folder, room
 
 
 class Images(Dataset):
@@ -129,6 +129,14 @@ def image_features(
             yield {f"{stem(split, seen)}_{name}": value.cpu().numpy() for name, value in embedder(x).items()}
 
     return list(grow(folder / stem(split, seen), rows, run).values())
+
+
+def ahead_folder(train: Path, clips: Sequence[Path], keep: Sequence[int], batch_size: int, device: str) -> Path:
+    """Where embed_images, whose pass through the tower is longer, leaves what freeze would compute.
+
+    train: the table of train images. clips: the CLIPs' folders. keep: of each the number of layers that train.
+    """
+    return resume_folder("freeze", f"{list(keep)} {batch_size} {device}", train, *clips, room("core"), room("clip"))
 
 
 def text_features(clip: Clip, prompts: Sequence[str], batch_size: int, device: str, folder: Path) -> Path:

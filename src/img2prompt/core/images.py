@@ -62,12 +62,17 @@ def decode(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", UserWarning)  # about odd metadata
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            with contextlib.suppress(Exception):  # broken EXIF is no reason to lose an image
-                image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"UnidentifiedImageError: none of {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as 8-bit RGB, as `decode` has it."""
+    with contextlib.suppress(Exception):  # broken EXIF is no reason to lose an image
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
     if image.has_transparency_data:

@@ -71,6 +71,13 @@ class ModelAParams(Rates):
             raise ValueError("tta names a view twice")
         return self
 
+    def stored(self, clip: int) -> int:
+        """Before how many last layers of a CLIP's tower its output is stored, by its number; 0: nowhere.
+
+        With augmentation the frozen layers see other images in every epoch: there is nothing to store.
+        """
+        return 0 if self.augmentation.on else self.layers(clip)
+
     def layers(self, clip: int) -> int:
         """How many layers of a CLIP's tower train, by its number."""
         return self.unfreeze[clip] if isinstance(self.unfreeze, list) else self.unfreeze

@@ -14,7 +14,7 @@ from torch import Tensor
 from img2prompt.clip.features import Embedder
 from img2prompt.clip.model import load_clip, view
 from img2prompt.core.device import device as default_device
-from img2prompt.core.images import decode, open_image
+from img2prompt.core.images import decode, open_image, to_rgb
 from img2prompt.core.storage import numbered
 from img2prompt.ensemble.members import name_of
 from img2prompt.ensemble.mixture import Mixture
@@ -121,4 +121,4 @@ def _rgb(image: Source) -> Image.Image:
         return Image.new("RGB", (64, 64), (128, 128, 128))
     if isinstance(image, bytes):
         return decode(image)
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(str(image))
+    return to_rgb(image) if isinstance(image, Image.Image) else open_image(str(image))
