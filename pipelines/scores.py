@@ -53,6 +53,8 @@ def main(dedup: DedupParams) -> None:
         np.save(out / "test.npy", test["ensemble"])
         cosines.to_parquet(out / "cosines.parquet", index=False)
         report = f"{scores_table(cosines, models)}\n{gain_over_best_member(cosines, weighed.member.tolist())}"
+        if len(targets) < len(rows):
+            report += f"\non test, {len(targets)} of {len(rows)} prompts are known: the scores are of these\n"
         (out / "scores.md").write_text(report, encoding="utf-8")
         by_fold(scores, models).to_csv(out / "fold_scores.csv", index=False)
         histories.to_csv(out / "histories.csv", index=False)

@@ -181,6 +181,7 @@ def test_prompts_that_are_known_are_scored(copy, known):
     prompts[:known].to_csv(table)
     chain(["prepare_test", "scores"])
     assert scores()["test"]["prompts_known"] == known
+    assert f"on test, {known} of 12 prompts are known" in Path("outputs/scores/scores.md").read_text()
     assert ("test" in scores()["ensemble"]) == (known > 0)
     assert ("max_train_cosine" in scores()["test"]) == (known > 0)
     if known:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 from tqdm import tqdm
 
 
 def progress(items: Iterable | None, what: str, total: int | None = None, unit: str = "it") -> tqdm:
-    """Wrap `items` in a bar labelled `what`; with None for `items`, the caller updates the bar."""
+    """Wrap `items` in a bar labelled `what`; with None for `items`, the caller updates the bar.
+
+    Of a single item, or none, nothing is shown.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         items,
@@ -20,4 +23,5 @@ def progress(items: Iterable | None, what: str, total: int | None = None, unit: 
         dynamic_ncols=live,
         ascii=not live,
         file=sys.stderr,
+        disable=isinstance(items, Sized) and len(items) < 2,
     )
