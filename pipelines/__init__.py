@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import sys
 from collections.abc import Callable
@@ -14,21 +13,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from img2prompt.core import process
 
 process.settle()
-WATCH = process.Watch()
-if sys.argv[0] == "-m":  # `python -m pipelines.STAGE`: its imports take seconds, and dvc may be killed meanwhile
-    WATCH.start()
-    gc.disable()  # none of what imports make is garbage; looking for it took a fifth of their time
+if sys.argv[0] == "-m":  # `python -m pipelines.STAGE`, and not a test that imports a stage
+    process.attend()
 
 
 def run(stage: Callable[..., None]) -> None:
     """Check all of params.yaml, then give a stage the sections that its parameters name."""
     from img2prompt.cli.check import load_params  # judges sections of other stages too, but none reaches this one
 
+    process.attend()
     try:
         params = load_params()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if WATCH.ident is None:
-        WATCH.start()
     with process.turn(Path(sys.argv[0]).stem):
         stage(**{name: getattr(params, name) for name in inspect.signature(stage).parameters})

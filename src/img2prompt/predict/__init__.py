@@ -1,1 +1,1 @@
-"""From predictions to the competition's submission file."""
+"""The trained model as one object, and the competition's submission file."""
