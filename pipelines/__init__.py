@@ -13,15 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from img2prompt.core import process
 
 process.settle()
+WATCH = process.Watch()  # knows the parent from now on
 if sys.argv[0] == "-m":  # `python -m pipelines.STAGE`, and not a test that imports a stage
-    process.attend()
+    WATCH.attend()
 
 
 def run(stage: Callable[..., None]) -> None:
     """Check all of params.yaml, then give a stage the sections that its parameters name."""
     from img2prompt.cli.check import load_params  # judges sections of other stages too, but none reaches this one
 
-    process.attend()
+    WATCH.attend()
     try:
         params = load_params()
     except (ValueError, OSError) as error:

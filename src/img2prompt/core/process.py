@@ -32,16 +32,6 @@ def settle() -> None:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no network call on import
 
 
-def attend() -> None:
-    """Watch the parent process from now on, and collect no garbage until the `turn` comes; a second call does nothing.
-
-    A stage's imports take seconds: dvc may be killed meanwhile, and looking for garbage took a fifth of their time.
-    """
-    if not any(isinstance(thread, Watch) for thread in threading.enumerate()):
-        Watch().start()
-        gc.disable()
-
-
 @contextlib.contextmanager
 def turn(name: str) -> Iterator[None]:
     """Run the block once no other process of the project writes to outputs/, and report time and peak memory.
@@ -77,6 +67,15 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._parents = _parents()
+
+    def attend(self) -> None:
+        """Start, and collect no garbage until the `turn` comes; a second call does nothing.
+
+        A stage's imports take seconds: dvc may be killed meanwhile, and looking for garbage took a fifth of their time.
+        """
+        if self.ident is None:
+            self.start()
+            gc.disable()
 
     def run(self) -> None:
         """Check twice a second whether the parent is gone."""
