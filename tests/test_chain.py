@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from conftest import APPLY, LEARN, STAGES, chain, change, made_chain, stage, write_competition
+from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 
 from img2prompt.cli import table
@@ -392,6 +393,8 @@ def test_images_of_any_size_are_taken(home):
 
 
 def test_the_sample_and_its_clip(tmp_path, monkeypatch):
+    # A stage is a process of its own; here joblib would go on with workers that another test started in its folder.
+    get_reusable_executor().shutdown(wait=True)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
     change(
