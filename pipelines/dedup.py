@@ -16,7 +16,10 @@ TABLE = [round(0.70 + 0.05 * step, 2) for step in range(6)] + [0.99]
 
 
 def main(dedup: DedupParams) -> None:
-    """Write kept.npy and scored.npy (n,) bool, texts_kept.npy (t,) bool, duplicates.csv, thresholds.csv."""
+    """Write kept.npy and scored.npy (n,) bool, texts_kept.npy (t,) bool, duplicates.csv, thresholds.csv.
+
+    stands_for.npy (n,) int64: of a dropped row the kept one that it is near, of a kept row itself, else -1.
+    """
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
     rows = read_rows(Path("outputs/prepare/train.parquet"), ["id", "source", "prompt"])
     threshold, scored = dedup.threshold, dedup.scored
@@ -34,8 +37,12 @@ def main(dedup: DedupParams) -> None:
     if dedup.at_random:  # as many, but any
         rng = np.random.default_rng(0)
         train, train_texts = rng.permutation(train), rng.permutation(train_texts)
+        pairs = pairs.iloc[:0]  # of what this drops, nothing is a near-duplicate
+    stands_for = np.where(train, np.arange(len(train)), -1)
+    stands_for[pairs.dropped] = pairs.kept
     with whole_folder(Path("outputs/dedup")) as out:
         np.save(out / "kept.npy", train)
+        np.save(out / "stands_for.npy", stands_for)
         np.save(out / "scored.npy", kept[scored])
         np.save(out / "texts_kept.npy", train_texts)
         sides = {side: rows.iloc[pairs[side]] for side in ("dropped", "kept")}

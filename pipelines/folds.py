@@ -10,6 +10,8 @@ from img2prompt.prompts.folds import make_folds, near_folds
 from img2prompt.prompts.params import DedupParams, FoldsParams
 from pipelines import run
 
+FEW = 30  # rows whose mean cosine has a standard error of some 0.03: more than most ideas are worth
+
 
 def main(folds: FoldsParams, dedup: DedupParams) -> None:
     """Write folds.parquet (id, group, fold) in the rows' order, folds.json, and texts_near.npy.
@@ -20,7 +22,8 @@ def main(folds: FoldsParams, dedup: DedupParams) -> None:
     targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
     # The threshold may rise to that of the scored rows, not of the trained ones: folds outlive experiments on those.
     highest = max(folds.threshold, dedup.scored)
-    found = make_folds(targets, folds.ids, folds.threshold, highest, folds.seed, rows.fold.to_numpy(float))
+    scored = np.load("outputs/dedup/scored.npy")
+    found = make_folds(targets, folds.ids, folds.threshold, highest, folds.seed, rows.fold.to_numpy(float), scored)
     with whole_folder(Path("outputs/folds")) as out:
         table = rows[["id"]].assign(group=found.group, fold=found.fold)
         table.to_parquet(out / "folds.parquet", index=False)
@@ -30,6 +33,13 @@ def main(folds: FoldsParams, dedup: DedupParams) -> None:
             out / "texts_near.npy", near_folds(texts, targets, found.fold, sorted(folds.ids), found.group_threshold)
         )
     print(f"{found.group.max() + 1} groups at cosine {found.group_threshold}")
+    counts = dict(zip(*map(np.ndarray.tolist, np.unique(found.fold[scored], return_counts=True)), strict=True))
+    print("scored rows by fold:", ", ".join(f"{fold} has {count}" for fold, count in counts.items()))
+    if few := [fold for fold, count in counts.items() if count < FEW]:
+        print(
+            f"WARNING: folds {few} have fewer than {FEW} scored rows: their scores mean little. Give fewer folds.ids, "
+            "or raise folds.threshold, so that groups of similar prompts are smaller"
+        )
 
 
 if __name__ == "__main__":

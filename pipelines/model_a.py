@@ -5,15 +5,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 from img2prompt.core.device import device
+from img2prompt.core.metric import cosine
 from img2prompt.core.storage import RESUME, digest, numbered, room, whole_folder
 from img2prompt.model_a.fold import Features, Fold, TrainRows
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.params import ModelAParams
+from img2prompt.model_a.prediction import predict
 from img2prompt.model_a.trained import save_trained
-from img2prompt.model_a.training import predict
 from pipelines import run
 
 OUTPUTS = Path("outputs")
@@ -29,28 +31,42 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
     """Train both heads on one CLIP and write what `main` says."""
     where = device()
     features = Features.read(OUTPUTS, number, section)
-    fold = Fold(rows, features, [held_out], held_out)
-    start = fold.start(section.pretrain)
-    print(f"fold {held_out}, clip {number}, ridge: strength {start.strength:.0f}, prior {start.share:.2f}")
+    fold = Fold(rows, features, [held_out])
+    start = fold.start(section)
+    name = f"fold {held_out}, clip {number}"
+    print(f"{name}, ridge: strength {start.whole.strength:.0f}, prior {start.whole.share:.2f}")
     unseen = np.flatnonzero(rows.fold == held_out)
-    head = LinearHead(start, dropout=0.0, hidden=0)
+    head = LinearHead(start.whole, dropout=0.0, hidden=0)
     save_trained(out / "ridge.safetensors", nn.Sequential(), head, 0, features.views)
-    np.save(out / "ridge_oof.npy", predict(nn.Sequential(), head, features.stored_pooled(), unseen, 1024, where))
-    inputs = features.inputs(section.augmentation, section.seed, where)
+    found = {"ridge": predict(nn.Sequential(), head, features.stored_pooled(), unseen, 1024, where)}
+    inputs, choices = features.inputs(section.augmentation, section.seed, where), []
     for kind, rates in (("linear", section.linear), ("model_a", section)):
         seed = (section.seed, held_out)
-        model, history = fold.train(kind, start, inputs[0], section, rates, seed, where, resume)
+        model, history, choice = fold.train(kind, start, inputs[0], section, rates, seed, where, resume)
         save_trained(out / f"{kind}.safetensors", model["tower"], model["head"], features.unfreeze, features.views)
         history.to_csv(out / f"{kind}_history.csv", index=False)
-        found = predict(model["tower"], model["head"], inputs, unseen, section.batch_size, where)
-        np.save(out / f"{kind}_oof.npy", found)
-        print(f"fold {held_out}, clip {number}, {kind}: {history.score.iloc[-1]:.4f}")
+        choices.append({"head": kind, "trained": start.fitted.sum(), **choice.facts(len(start.validation))})
+        found[kind] = predict(model["tower"], model["head"], inputs, unseen, section.batch_size, where)
+    pd.DataFrame(choices).to_csv(out / "choices.csv", index=False)
+    scored = rows.scored[unseen]
+    targets, scores = rows.targets[0, unseen][scored], {}
+    for kind, predictions in found.items():
+        np.save(out / f"{kind}_oof.npy", predictions)
+        scores[kind] = float(cosine(predictions[scored], targets).mean()) if scored.any() else float("nan")
+    for choice in choices:
+        gain = scores[choice["head"]] - scores["ridge"]
+        print(
+            f"{name}, {choice['head']}: {scores[choice['head']]:.4f}, {gain:+.4f} over its start"
+            f"{', so BELOW it' if gain < -5e-5 else ''}; validation went {choice['share']:.1f} of the way to epoch "
+            f"{choice['epoch']}, for {choice['gain']:+.4f} (standard error {choice['error']:.4f})"
+        )
 
 
 def main(model_a: ModelAParams) -> None:
     """Of every CLIP write {ridge,linear,model_a}.safetensors, their _oof.npy (fold's rows, 384), and histories.
 
-    `ridge` is the ridge regression on the untouched tower, where both heads start.
+    `ridge` is the ridge regression on the untouched tower, where both heads start. choices.csv: for each head how far
+    from there training has gone, as rows of the training folds chose that it had not seen.
     """
     held_out = int(sys.argv[1])
     rows = TrainRows.read(OUTPUTS)
@@ -64,7 +80,7 @@ def main(model_a: ModelAParams) -> None:
         for number, key in enumerate(keys):
             (out / str(number)).mkdir()
             train_clip(rows, number, held_out, model_a, resume / key, out / str(number))
-    shutil.rmtree(resume)
+    shutil.rmtree(resume, ignore_errors=True)
 
 
 if __name__ == "__main__":

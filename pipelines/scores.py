@@ -13,9 +13,11 @@ from img2prompt.report.facts import facts
 from img2prompt.report.figures import draw_scores
 from img2prompt.report.scores import (
     by_fold,
+    choices_table,
     gain_over_best_member,
     known_cosines,
     mean_histories,
+    over_start,
     scores_of,
     scores_table,
 )
@@ -29,7 +31,7 @@ def main(dedup: DedupParams) -> None:
 
     test.npy (m, 384): the ensemble's predictions. cosines.parquet: a row an image, out of fold or on test with a known
     prompt, a column a model with the cosine of its prediction. fold_scores.csv, histories.csv: what scores.png draws.
-    scores.md: the table.
+    choices.csv: how far each fold's heads went from their start. scores.md: the table.
     """
     rows, targets = read_rows(OUTPUTS / "prepare_test/test.parquet"), np.load(OUTPUTS / "prepare_test/targets.npy")
     oof, weighed = pd.read_parquet(OUTPUTS / "ensemble/oof.parquet"), pd.read_csv(OUTPUTS / "ensemble/members.csv")
@@ -49,15 +51,18 @@ def main(dedup: DedupParams) -> None:
     alpha, searched = (float(weighed.loc[family, column].sum()) for column in ("weight", "weight_oof"))
     scores["ensemble"] |= {"alpha": alpha, "alpha_searched": searched}
     histories = mean_histories(OUTPUTS / "model_a", mixture.folds)
+    choices = choices_table(OUTPUTS / "model_a", mixture.folds)
     with whole_folder(OUTPUTS / "scores") as out:
         np.save(out / "test.npy", test["ensemble"])
         cosines.to_parquet(out / "cosines.parquet", index=False)
         report = f"{scores_table(cosines, models)}\n{gain_over_best_member(cosines, weighed.member.tolist())}"
+        report += over_start(cosines, choices)
         if len(targets) < len(rows):
             report += f"\non test, {len(targets)} of {len(rows)} prompts are known: the scores are of these\n"
         (out / "scores.md").write_text(report, encoding="utf-8")
         by_fold(scores, models).to_csv(out / "fold_scores.csv", index=False)
         histories.to_csv(out / "histories.csv", index=False)
+        choices.to_csv(out / "choices.csv", index=False)
         curve, thresholds = (pd.read_csv(OUTPUTS / file) for file in ("ensemble/alpha.csv", "dedup/thresholds.csv"))
         draw_scores(
             out / "scores.png", by_fold(scores, models), searched, curve, histories, thresholds, dedup.threshold

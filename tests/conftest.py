@@ -125,7 +125,7 @@ def made_chain(folder: Path, clip: Path) -> Path:
             prepare={"train": ["input/train"], "test": "input/test"},
             folds={"ids": [3, 7]},
             clip={"model": str(clip)},
-            model_a={"unfreeze": 2, "head_epochs": 1, "tower_epochs": 2},
+            model_a={"unfreeze": 2, "epochs": 2, "steps": 4},
         )
         chain()
     return folder

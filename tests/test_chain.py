@@ -295,7 +295,7 @@ def test_the_table(copy, monkeypatch):
 
 def test_augmentation_of_images_and_prompts_runs_and_is_reproducible(copy):
     change(
-        model_a={"augmentation": {"crop": 0.2, "rotation": 10.0, "flip": 0.5}, "tower_epochs": 1},
+        model_a={"augmentation": {"crop": 0.2, "rotation": 10.0, "flip": 0.5}, "epochs": 1, "steps": 2},
         embed_prompts={"augmented": 2},
     )
     stages = ["embed_prompts", "embed_images", "freeze", "model_a"]
@@ -426,7 +426,8 @@ def test_several_clips_and_views(copy, tiny_clip):
             "unfreeze": [2, 0],
             "pretrain": True,
             "tta": ["flip", "larger"],
-            "tower_epochs": 1,
+            "epochs": 1,
+            "steps": 2,
             "augmentation": {"crop": 0, "rotation": 0, "flip": 0},
         },
         embed_prompts={"augmented": 0},
@@ -478,11 +479,11 @@ def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(copy, tiny_c
         main(["search", "--clip", "1"])
     change(model_a={"unfreeze": [2, 1]})
     chain(["freeze"])
-    main(["search", "wise", "tta", "--apart", "--folds", "3", "--seeds", "2", "--clip", "1"])
+    main(["search", "pull", "tta", "--apart", "--folds", "3", "--seeds", "2", "--clip", "1"])
     table = pd.read_csv("outputs/search.csv")
     model_a = table[table["head"] == "model_a"].set_index("changed")
-    wise, views = ("wise=0.8", "wise=0.6"), ("tta=['flip']", "tta=['larger']", "tta=['flip', 'larger']")
-    assert set(model_a.index) == {"nothing", *wise, *views}
+    pull, views = ("pull=0.0", "pull=0.3", "pull=3.0"), ("tta=['flip']", "tta=['larger']", "tta=['flip', 'larger']")
+    assert set(model_a.index) == {"nothing", *pull, *views}
     assert model_a.loc["tta=['flip']", "score"] != model_a.loc["nothing", "score"]
     assert model_a.loc["nothing", ["gain", "low", "high"]].tolist() == [0, 0, 0]
     assert (model_a.low <= model_a.gain).all()
@@ -510,7 +511,7 @@ def test_the_competitions_public_sample_is_predicted_and_trained_on(tmp_path, mo
         prepare={"train": ["input/sample", "input/more.txt"], "test": "input/sample"},
         folds={"ids": [0, 1]},
         clip={"model": str(tiny_clip)},
-        model_a={"unfreeze": 1, "tower_epochs": 1, "any_image": True},
+        model_a={"unfreeze": 1, "epochs": 1, "steps": 2, "any_image": True},
     )
     chain()
     assert [row[0] for row in submission()[1:]] == order
@@ -532,6 +533,49 @@ def test_as_many_rows_at_random_are_the_filters_control(copy):
     assert (scored.read_bytes(), Path("outputs/dedup/thresholds.csv").read_bytes()) == before
 
 
+def test_a_dropped_row_stands_for_the_kept_one_that_it_is_near(copy):
+    kept, stands_for = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/stands_for.npy")
+    targets = np.load("outputs/embed_prompts/train.npy")
+    rows = np.arange(60)
+    assert 0 < kept.sum() < 60
+    assert np.array_equal(stands_for[kept], rows[kept])
+    assert kept[stands_for].all()
+    assert ((targets * targets[stands_for]).sum(1) > 0.85).all()
+    change(dedup={"threshold": 1.0})
+    chain(["dedup"])
+    assert np.array_equal(np.load("outputs/dedup/stands_for.npy"), rows)
+    change(dedup={"threshold": 0.85, "at_random": True})
+    chain(["dedup"])
+    kept, stands_for = np.load("outputs/dedup/kept.npy"), np.load("outputs/dedup/stands_for.npy")
+    assert np.array_equal(stands_for, np.where(kept, rows, -1))
+
+
+def test_the_filter_s_threshold_leaves_the_folds_as_they_are(copy):
+    before = Path("outputs/folds/folds.parquet").read_bytes()
+    change(dedup={"threshold": 0.99})
+    chain(["dedup", "folds"])
+    assert Path("outputs/folds/folds.parquet").read_bytes() == before
+
+
+def test_folds_with_hardly_any_scored_row_are_said(copy, capsys):
+    chain(["folds"])
+    assert "WARNING: folds [3, 7] have fewer than 30 scored rows" in capsys.readouterr().out
+
+
+def test_what_validation_chose_is_shown(copy):
+    choices = pd.read_csv("outputs/scores/choices.csv")
+    assert choices.fold.tolist() == [3, 3, 7, 7]
+    assert choices["head"].tolist() == ["linear", "model_a"] * 2
+    fold = pd.read_parquet("outputs/folds/folds.parquet").fold.to_numpy()
+    trains = np.load("outputs/dedup/kept.npy")
+    for held_out, of_fold in choices.groupby("fold"):
+        assert (of_fold.trained + of_fold.validation == (trains & (fold != held_out)).sum()).all()
+    assert (choices.validation > 1).all()
+    text = Path("outputs/scores/scores.md").read_text()
+    assert "linear minus its start, ridge: " in text
+    assert "model_a minus its start, ridge: " in text
+
+
 def test_prompts_without_images_leave_folds_and_images_rows_as_they_are(copy):
     files = ["folds/folds.parquet", "dedup/kept.npy", "dedup/scored.npy", "prepare/train.parquet"]
     before = {name: Path("outputs", name).read_bytes() for name in files}
@@ -551,10 +595,11 @@ def test_prompts_without_images_leave_folds_and_images_rows_as_they_are(copy):
     # They have their say in the text prior too.
     change(model_a={"pretrain": True})
     chain(["model_a"])
-    with_texts = np.load("outputs/model_a/fold_7/0/ridge_oof.npy")
+    with_texts = [np.load(f"outputs/model_a/fold_{held_out}/0/ridge_oof.npy") for held_out in (3, 7)]
     change(prepare={"train": ["input/train"]})
     chain(["prepare", "embed_prompts", "dedup", "folds", "embed_images", "model_a"])
-    assert not np.array_equal(np.load("outputs/model_a/fold_7/0/ridge_oof.npy"), with_texts)
+    without = [np.load(f"outputs/model_a/fold_{held_out}/0/ridge_oof.npy") for held_out in (3, 7)]
+    assert not all(map(np.array_equal, with_texts, without))
 
 
 def test_what_embed_images_leaves_for_freeze_is_what_freeze_computes(copy):

@@ -7,7 +7,7 @@ import pytest
 from img2prompt.core.metric import bootstrap_interval, cosine, unit
 from img2prompt.ensemble.constant import constant
 from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, mix, search_weights
-from img2prompt.report.scores import fold_scores, gain_over_best_member, scores_of, scores_table
+from img2prompt.report.scores import fold_scores, gain_over_best_member, over_start, scores_of, scores_table
 
 N, DIM = 300, 16
 rng = np.random.default_rng(0)
@@ -259,3 +259,19 @@ def test_the_gain_is_over_the_best_member_of_each_split():
         "ensemble minus its best member: +0.1000 [+0.1000, +0.1000] out of fold (model_a), "
         "-0.1000 [-0.2000, +0.0000] on test (model_b)\n"
     )
+
+
+def test_a_head_that_ends_below_its_start_is_named():
+    rng = np.random.default_rng(0)
+    ridge = rng.uniform(0.3, 0.6, 60)
+    cosines = pd.DataFrame({"split": ["train"] * 50 + ["test"] * 10, "scored": True, "group": np.arange(60)}).assign(
+        ridge=ridge, linear=ridge - 0.02 + rng.normal(0, 0.01, 60), model_a=ridge + rng.normal(0, 0.01, 60)
+    )
+    choices = pd.DataFrame({"fold": [0, 0, 1, 1], "head": ["linear", "model_a"] * 2, "share": [0.4, 0, 1, 0.2]})
+    linear, model_a = over_start(cosines, choices).splitlines()
+    gain = (cosines.linear - cosines.ridge)[:50].mean()
+    assert linear.startswith(f"linear minus its start, ridge: {gain:+.4f} [")
+    assert "the validation rows went 0.4, 1.0 of the way" in linear
+    assert "ENDS BELOW ITS START" in linear
+    assert "on test; by fold, the validation rows went 0.0, 0.2 of the way" in model_a
+    assert "BELOW" not in model_a

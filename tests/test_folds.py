@@ -166,3 +166,36 @@ def test_texts_are_near_the_folds_that_hold_a_similar_prompt():
     assert near.tolist() == [[True, False], [False, False], [False, True], [False, False]]
     assert near_folds(unit(45), rows, fold, [4, 9], 0.7).tolist() == [[True, True]]
     assert near_folds(rows[:0], rows, fold, [4, 9], 0.9).shape == (0, 2)
+
+
+def test_folds_are_balanced_by_scored_rows_and_then_by_all():
+    # A giant of 40 near-equal prompts, one of which is scored, and twenty single ones: 21 scored rows in three folds.
+    rows = np.concatenate([np.tile(prompts(21, d=384)[:1], (40, 1)), prompts(21, d=384)[1:]])
+    scored = np.arange(60) >= 39
+    found = make_folds(rows, [0, 1, 2], 0.95, 0.95, seed=0, scored=scored)
+    assert np.bincount(found.fold[scored]).tolist() == [7, 7, 7]
+    assert len(set(found.fold[:40].tolist())) == 1
+    # Groups of one scored row each: where these are level, the fold with fewer rows is next.
+    sizes = [5, 4, 3, 2, 1, 1]
+    rows = np.repeat(prompts(6, d=384, seed=4), sizes, axis=0)
+    scored = np.isin(np.arange(16), np.cumsum([0, *sizes[:-1]]))
+    found = make_folds(rows, [0, 1], 0.99, 0.99, seed=0, scored=scored)
+    assert np.bincount(found.fold[scored]).tolist() == [3, 3]
+    assert np.bincount(found.fold).tolist() == [8, 8]
+
+
+def test_a_giant_with_few_scored_rows_needs_no_higher_threshold():
+    rows = np.concatenate([unit(*np.zeros(30), *np.linspace(0, 40, 3)), unit(90, 180, 270, 135, 225)])
+    scored = np.arange(len(rows)) >= 30
+    assert make_folds(rows, [0, 1], 0.9, 0.99, seed=0, scored=scored).group_threshold == 0.9
+    assert make_folds(rows, [0, 1], 0.9, 0.99, seed=0).group_threshold > 0.9
+
+
+def test_an_impossible_balance_names_the_threshold():
+    rows = unit(0, 1, 90, 180)
+    scored = np.array([True, False, True, False])
+    with pytest.raises(ValueError, match=r"3 folds, but only 2 groups with scored prompts.*raise folds\.threshold"):
+        make_folds(rows, [0, 1, 2], 0.7, 0.85, seed=0, scored=scored)
+    given = np.array([0.0, 0, 0, 1])
+    with pytest.raises(ValueError, match=r"no row that is scored is in \[1\].*raise folds\.threshold"):
+        make_folds(rows, [0, 1], 0.7, 0.85, seed=0, given=given, scored=scored)

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from img2prompt.cli.check import load_params
 from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Stored
-from img2prompt.model_a.ridge import Ridge, TextPrior, ridge
-from img2prompt.model_a.training import Schedule, cosine_loss, fit, parameter_groups, predict, train
+from img2prompt.model_a.prediction import predict
+from img2prompt.model_a.ridge import Ridge, TextPrior, cross_fit, ridge
+from img2prompt.model_a.training import LOWER, Schedule, Start, cosine_loss, fit, give_back, parameter_groups, train
+from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, validation_rows
 
 rng = np.random.default_rng(0)
 FEATURES = rng.normal(2, 3, (120, 12)).astype(np.float32)
@@ -24,7 +28,7 @@ ROWS, UNSEEN = np.arange(100), np.arange(100, 120)
 
 def schedule(**changes):
     values = dict(
-        epochs=3, lr_tower=1e-3, lr_head=1e-2, layer_decay=1.0, mse=0.0, ema=0.0, batch_size=16, accumulate=1,
+        epochs=3, lr_tower=1e-3, lr_head=1e-2, layer_decay=1.0, mse=0.0, pull=0.0, ema=0.0, batch_size=16, accumulate=1,
         weight_decay=0.01, warmup=0.1, clip_grad=1.0, seed=(0,),
     )  # fmt: skip
     return Schedule(**values | changes)
@@ -33,16 +37,51 @@ def schedule(**changes):
 REGRESSION = ridge(torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS]))
 
 
+PARTS = np.arange(120) % 3
+OTHERS = cross_fit(REGRESSION, torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS]), PARTS[ROWS])
+
+
 def start(kind=PaperHead, dropout=0.0, hidden=0):
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12))
-    return tower, kind(REGRESSION, dropout, hidden)
+    return tower, kind(REGRESSION, dropout, hidden, OTHERS)
 
 
-def run(resume, plan, kind=PaperHead, dropout=0.0, targets=None, hidden=0):
-    tower, head = start(kind, dropout, hidden)
+def well_started(kind=LinearHead, dropout=0.0, hidden=0):
+    """A tower that does nothing yet, so that the head predicts as the regression does."""
+    torch.manual_seed(0)
+    return identity(), kind(REGRESSION, dropout, hidden, OTHERS)
+
+
+def identity():
+    tower = nn.Sequential(nn.Linear(12, 12))
+    nn.init.eye_(tower[0].weight)
+    nn.init.zeros_(tower[0].bias)
+    return tower
+
+
+def validation(targets=TARGETS, **changes):
+    """The unseen rows watch; by default a floor that no training falls through, so that no rate is lowered."""
+    values = dict(
+        inputs=Stored(FEATURES), rows=UNSEEN, targets=targets[UNSEEN], groups=np.arange(20), floor=-9.0, batch_size=64,
+        device="cpu",
+    )  # fmt: skip
+    return Validation(**values | changes)
+
+
+def run(resume, plan, kind=PaperHead, dropout=0.0, targets=None, hidden=0, watch=None, last=True, at=start, **more):
+    """Train; `last`: keep the last epoch's weights, whatever the watching rows would choose."""
+    tower, head = at(kind, dropout, hidden)
     targets = TARGETS[None] if targets is None else targets
-    history = fit(tower, head, Stored(FEATURES), targets, ROWS, plan, "cpu", resume, UNSEEN, "test")
+    watch = validation(targets[0]) if watch is None else watch
+    with pytest.MonkeyPatch.context() as patch:
+        if last:
+            falling = itertools.count(0, -1)  # of two gains compared, the first one asked for is the larger
+            patch.setattr(Gain, "sure", property(lambda gain: next(falling)))
+            patch.setattr(training, "LINE", ())
+        history, _ = fit(
+            tower, head, Stored(FEATURES), targets, ROWS, plan, "cpu", resume / "file", watch, "test", **more
+        )
     return tower, head, history
 
 
@@ -231,25 +270,28 @@ def test_a_short_step_weighs_its_rows_alike(tmp_path):
     assert np.allclose(predictions(*one[:2]), predictions(*three[:2]), atol=1e-4)
 
 
-@pytest.mark.parametrize("killed_in", [1, 2, 3])
+@pytest.mark.parametrize("killed_in", [1, 2, 3, 4])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, killed_in, monkeypatch):
-    plan = schedule(ema=0.3, mse=0.01, layer_decay=0.5)
-    how = dict(dropout=0.2, targets=np.stack([TARGETS, TARGETS[::-1]]), hidden=8)
-    whole = run(tmp_path / "a", plan, **how)
+    """Killed after each epoch that is written, also after some that a lower rate then trains again."""
+    plan = schedule(ema=0.3, mse=0.01, layer_decay=0.5, lr_head=0.3, warmup=0.5, pull=0.01)
+    how = dict(dropout=0.2, targets=np.stack([TARGETS, TARGETS]), hidden=8, last=False, at=well_started)
+    how |= dict(watch=validation(floor=0.97), parts=PARTS, draw=AnyImage(np.arange(120) % 100, (0,)))
+    saved, written = training._Run.save, []
 
-    saved = training._save
-
-    def save_and_die(path, *state):
-        saved(path, *state)
-        if len(state[-1]) == killed_in:
+    def save_and_die(run, path):
+        saved(run, path)
+        written.append(dict(run.lowered))
+        if len(written) == killed_in:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save", save_and_die)
+    whole = run(tmp_path / "a", plan, LinearHead, **how)
+    monkeypatch.setattr(training._Run, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", plan, **how)
+        run(tmp_path / "b", plan, LinearHead, **how)
+    assert (written[-1]["head"] > 0) == (killed_in > 1)
     monkeypatch.undo()
     torch.manual_seed(99)
-    again = run(tmp_path / "b", plan, **how)
+    again = run(tmp_path / "b", plan, LinearHead, **how)
     assert torch.equal(weights(*whole[:2]), weights(*again[:2]))
     assert whole[2] == again[2]
 
@@ -259,14 +301,15 @@ def test_frozen_parameters_and_statistics_stay(tmp_path):
     tower.append(nn.BatchNorm1d(12))
     tower[0].requires_grad_(False)
     before = copy.deepcopy(tower.state_dict())
-    fit(tower, head, Stored(FEATURES), TARGETS[None], ROWS, schedule(), "cpu", tmp_path / "a", UNSEEN, "test")
+    plan = schedule(lr_tower=1e-4, lr_head=1e-3)
+    fit(tower, head, Stored(FEATURES), TARGETS[None], ROWS, plan, "cpu", tmp_path / "a", validation(), "test")
     after = tower.state_dict()
     assert torch.equal(before["0.weight"], after["0.weight"])
     assert torch.equal(before["2.running_mean"], after["2.running_mean"])
     assert not torch.equal(before["1.weight"], after["1.weight"])
 
 
-def test_targets_of_watched_rows_do_not_train(tmp_path):
+def test_validation_rows_choose_but_do_not_train(tmp_path):
     changed = TARGETS.copy()
     changed[UNSEEN] = -changed[UNSEEN]
     one, two = run(tmp_path / "a", schedule()), run(tmp_path / "b", schedule(), targets=changed[None])
@@ -310,14 +353,14 @@ def test_averaged_weights_by_hand(tmp_path):
     """The plain run's weights after each step, one epoch a step, averaged here."""
     plan = dict(epochs=4, batch_size=100, warmup=0.0)
     steps = [weights(*start(LinearHead))]
-    saved = training._save
+    saved = training._Run.save
 
-    def keep(path, model, *rest):
-        steps.append(weights(model))
-        saved(path, model, *rest)
+    def keep(of_run, path):
+        steps.append(weights(of_run.model))
+        saved(of_run, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_save", keep)
+        patch.setattr(training._Run, "save", keep)
         *last, _ = run(tmp_path / "a", schedule(**plan), LinearHead)
     assert torch.equal(steps[-1], weights(*last))
     average = steps[0]
@@ -353,46 +396,221 @@ def settings(**changes):
     return load_params(Path(__file__).parent.parent / "params.yaml").model_a.model_copy(update=changes)
 
 
-def trained(resume, tower, section, **rates):
-    args = (TARGETS[None], ROWS, UNSEEN, section, section.linear.model_copy(update=rates), (0, 1), "cpu")
-    return train("linear", REGRESSION, FEATURES, Stored(FEATURES), tower, *args, resume)
+GROUPS = np.arange(120) // 2
+INNER = ridge(torch.from_numpy(FEATURES[:80]), torch.from_numpy(TARGETS[:80]))
 
 
-def test_two_phases_and_the_control_without_a_tower(tmp_path):
-    section, epochs = settings(), {"head_epochs": 2, "tower_epochs": 3}
-    tower = nn.Sequential(nn.Linear(12, 12))
+def begin(parts=4):
+    fitted, of_part = np.arange(120) < 80, np.where(np.arange(120) < 80, GROUPS % parts, -1)
+    others = cross_fit(INNER, torch.from_numpy(FEATURES[:80]), torch.from_numpy(TARGETS[:80]), of_part[:80])
+    return Start(REGRESSION, fitted, np.arange(80, 100), INNER, of_part, others)
+
+
+def trained(resume, tower, section, kind="linear", targets=TARGETS, beginning=None, **rates):
+    rates = section.linear.model_copy(update=rates)
+    args = (TARGETS[None] if targets is None else targets[None], GROUPS, section, rates, (0, 1), "cpu", resume)
+    return train(kind, beginning or begin(), FEATURES, Stored(FEATURES), tower, *args)
+
+
+@pytest.mark.parametrize("kind", ["linear", "model_a"])
+def test_where_training_does_harm_the_model_is_its_start_on_all_rows(tmp_path, kind):
+    """Targets of the rows that train are of other images: what can be learned from them is wrong."""
+    wrong = TARGETS.copy()
+    wrong[:80] = wrong[:80][::-1]
+    tower = identity()
     before = weights(tower)
-    _, history = trained(tmp_path / "a", tower, section, **epochs)
-    assert history.phase.tolist() == ["head"] * 2 + ["tower"] * 3
-    assert not torch.equal(before, weights(tower))
-    _, control = trained(tmp_path / "b", nn.Sequential(), section, **epochs)
-    assert control.phase.tolist() == history.phase.tolist()
-    assert control.score[:2].tolist() == history.score[:2].tolist()
-    assert control.score[2:].tolist() != history.score[2:].tolist()
+    head, history, choice = trained(tmp_path, tower, settings(), kind, wrong, lr_tower=0.01, lr_head=0.01)
+    assert len(history) > 1
+    assert choice.share == choice.epoch == 0
+    assert choice.gain == Gain(0.0, 0.0)
+    assert torch.equal(weights(tower), before)
+    expected = type(head)(REGRESSION, 0.0, 0)
+    assert torch.equal(weights(head), weights(expected))
+    assert torch.equal(head.state_dict().get("mean", torch.zeros(0)), expected.state_dict().get("mean", torch.zeros(0)))
 
 
-def test_wise_is_between_the_start_and_the_trained_weights(tmp_path):
-    found = {}
-    for share in (0.0, 0.25, 1.0):
-        torch.manual_seed(0)
-        tower = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12))
-        before = weights(tower)
-        head, _ = trained(tmp_path / str(share), tower, settings(wise=share, lr_tower=0.01, dropout=0.0))
-        found[share] = weights(tower, head)
-    assert torch.equal(found[0.0][: len(before)], before)
-    assert not torch.equal(found[0.0], found[1.0])
-    assert torch.allclose(found[0.25], 0.75 * found[0.0] + 0.25 * found[1.0], atol=1e-6)
+def test_the_point_kept_is_the_best_on_the_validation_rows(tmp_path, monkeypatch):
+    """Among the start, the ends of the epochs, and the line from the start to the end."""
+    seen = []
+    judge = Validation.cosines
+
+    def keep(watch, tower, head):
+        found = judge(watch, tower, head)
+        seen.append((weights(tower, head), found))
+        return found
+
+    monkeypatch.setattr(Validation, "cosines", keep)
+    tower, head = start(LinearHead, dropout=0.2)
+    watch = validation()
+    _, choice = fit(
+        tower, head, Stored(FEATURES), TARGETS[None], ROWS, schedule(epochs=4), "cpu", tmp_path / "a", watch, "test"
+    )
+    before = seen[0][1]
+    gains = [Gain.of(found - before, watch.groups).sure for _, found in seen]
+    best = int(np.argmax(gains))
+    assert gains[best] > 0
+    assert torch.allclose(weights(tower, head), seen[best][0], atol=1e-6)
+    assert choice.gain.sure == pytest.approx(gains[best])
+    assert len(seen) == 1 + 2 + 4 + len(LINE)  # the start, two looks, four epochs, the line
+    line = [point for point, _ in seen[-len(LINE) :]]
+    end = seen[-len(LINE) - 1][0]
+    for share, point in zip(LINE, line, strict=True):
+        assert torch.allclose(point, torch.lerp(seen[0][0], end, share), atol=1e-6)
 
 
-def test_an_epoch_takes_any_image_of_a_prompt():
-    prompts = np.array([0, 1, 0, 2, 1, 0, -1, 1])
-    own = np.arange(8, dtype=np.float32)[:, None]
-    inputs = AnyImage(Stored(own), prompts, (3,))
-    rows = [np.array([0, 1]), np.array([3, 2])]
-    seen = [torch.cat(list(inputs.batches(rows, epoch)))[:, 0].int().tolist() for epoch in range(30)]
+def test_a_rate_that_does_harm_is_found_out_early_and_lowered(tmp_path):
+    tower, head = well_started()
+    plan, watch = schedule(epochs=20, lr_tower=1e-5, lr_head=1.0), validation(floor=0.97)
+    args = (Stored(FEATURES), TARGETS[None], ROWS)
+    history, choice = fit(tower, head, *args, plan, "cpu", tmp_path / "a", watch, "test")
+    assert choice.lowered_head >= 1
+    assert choice.lowered_tower == 0
+    # It ends as if the lower rate had been asked for.
+    same = well_started()
+    lower = schedule(epochs=20, lr_tower=1e-5, lr_head=LOWER**choice.lowered_head)
+    again, _ = fit(*same, *args, lower, "cpu", tmp_path / "b", watch, "test")
+    assert again == history
+    assert torch.equal(weights(tower, head), weights(*same))
+
+
+def test_training_is_as_long_as_asked_and_never_too_short(tmp_path):
+    # 80 rows in steps of 64 are two steps an epoch.
+    assert len(trained(tmp_path / "a", identity(), settings(steps=9), epochs=3)[1]) == 5
+    assert len(trained(tmp_path / "b", identity(), settings(steps=0), epochs=3)[1]) == 3
+
+
+def test_without_validation_rows_nothing_is_trained(tmp_path):
+    alone = Start(REGRESSION, np.arange(120) < 100, np.empty(0, np.int64), REGRESSION, None, None)
+    tower = identity()
+    before = weights(tower)
+    head, history, choice = trained(tmp_path, tower, settings(), beginning=alone)
+    assert history.empty
+    assert choice == Choice(0, 0.0, Gain(0.0, 0.0))
+    assert torch.equal(weights(tower, head), torch.cat([before, weights(LinearHead(REGRESSION, 0.0, 0))]))
+
+
+def test_the_control_without_a_tower_trains_the_head(tmp_path):
+    _, history, choice = trained(tmp_path, nn.Sequential(), settings(), lr_head=0.01)
+    assert len(history) == 50
+    assert choice.lowered_tower == 0
+
+
+def test_what_was_learned_is_added_to_the_regression_of_all_rows():
+    small, large = (nn.Linear(2, 1) for _ in range(2))
+    learned = copy.deepcopy(small)
+    with torch.no_grad():
+        learned.weight += torch.tensor([[0.25, -0.5]])
+    give_back(learned, small.state_dict(), large.state_dict())
+    assert torch.allclose(learned.weight, large.weight + torch.tensor([[0.25, -0.5]]))
+    assert torch.equal(learned.bias, large.bias)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:9]])  # more rows than features, and fewer
+def test_cross_fit_is_the_regression_of_the_other_parts(rows):
+    from sklearn.linear_model import Ridge as Reference
+
+    x, y = torch.from_numpy(FEATURES[rows]), torch.from_numpy(TARGETS[rows])
+    for prior in (None, torch.randn(6, 12, generator=torch.Generator().manual_seed(0))):
+        found = dataclasses.replace(ridge(x, y), prior=prior)
+        parts = np.arange(len(rows)) % 3
+        others = cross_fit(found, x, y, parts)
+        assert others.weight.shape == (3, 6, 12)
+        standard = ((x - found.mean) / found.std).double().numpy()
+        shift = np.zeros((6, 12)) if prior is None else prior.double().numpy()
+        for part in range(3):
+            kept = parts != part
+            reference = Reference(alpha=found.strength).fit(standard[kept], y.numpy()[kept] - standard[kept] @ shift.T)
+            assert np.allclose(others.weight[part], reference.coef_ + shift, atol=1e-5)
+            assert np.allclose(others.bias[part], reference.intercept_, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LinearHead, PaperHead])
+def test_a_row_trains_against_the_regression_without_its_part(kind):
+    x, y = torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS])
+    parts = torch.arange(100) % 4
+    others = cross_fit(REGRESSION, x, y, parts.numpy())
+    head = kind(REGRESSION, 0.0, 0, others)
+    for part in range(4):
+        alone = dataclasses.replace(REGRESSION, weight=others.weight[part], bias=others.bias[part])
+        assert torch.allclose(head(x, parts)[parts == part], kind(alone, 0.0, 0)(x)[parts == part], atol=1e-5)
+    # What is learned on top is the same for all, and no file has the parts.
+    with torch.no_grad():
+        (head if kind is LinearHead else head.fc1).fc.bias += 1.0
+    if kind is LinearHead:
+        assert torch.allclose(head(x, parts)[parts == 0], 1 + x[parts == 0] @ torch.zeros(12, 6) + LinearHead(
+            dataclasses.replace(REGRESSION, weight=others.weight[0], bias=others.bias[0]), 0.0, 0
+        )(x)[parts == 0], atol=1e-5)  # fmt: skip
+    assert head.state_dict().keys() == kind(REGRESSION, 0.0, 0).state_dict().keys()
+
+
+def test_the_pull_holds_the_head_at_its_start(tmp_path):
+    def moved(pull):
+        return run(tmp_path / str(pull), schedule(pull=pull, weight_decay=0.0), LinearHead)[1].moved().item()
+
+    assert moved(100.0) < moved(1.0) < moved(0.0)
+    head = LinearHead(REGRESSION, 0.0, 0)
+    assert head.moved().item() == 0
+    with torch.no_grad():
+        head.fc.weight[0, :2] += torch.tensor([3.0, 4.0])
+    assert head.moved().item() == pytest.approx(25, rel=1e-5)
+
+
+def test_validation_rows_are_whole_groups_and_at_most_a_fifth():
+    rng = np.random.default_rng(5)
+    rows = np.sort(rng.choice(5000, 1000, replace=False))
+    groups = rng.integers(0, 150, 1000)
+    groups[:400] = 150  # a giant, which is passed over
+    for limit, most in ((64, 64), (900, 200)):
+        watch = validation_rows(rows, groups, limit, (1, 2))
+        assert most - 30 < watch.sum() <= most
+        assert not set(groups[watch]) & set(groups[~watch])
+        assert np.array_equal(watch, validation_rows(rows, groups, limit, (1, 2)))
+        assert not np.array_equal(watch, validation_rows(rows, groups, limit, (1, 3)))
+
+
+def test_one_group_alone_tells_nothing():
+    assert not validation_rows(np.arange(10), np.repeat([0, 1], [9, 1]), 256, (0,)).any()
+
+
+def test_the_error_of_a_gain_is_over_groups():
+    gains = np.array([0.1, 0.1, 0.1, -0.1, -0.1, 0.3])
+    alone = Gain.of(gains, np.arange(6))
+    assert alone.mean == pytest.approx(1 / 15)
+    assert alone.error == pytest.approx(gains.std() / np.sqrt(6))
+    # Copies in a group are no more evidence than one of them.
+    assert Gain.of(gains.repeat(4), np.arange(6).repeat(4)).error == pytest.approx(alone.error)
+    assert alone.sure == pytest.approx(alone.mean - alone.error)
+
+
+def test_harm_is_half_of_what_the_start_is_worth_and_beyond_doubt():
+    watch = validation(floor=0.4, groups=np.arange(20))
+    before = np.full(20, 0.5)
+    assert watch.harmful(before, before - 0.06)
+    assert not watch.harmful(before, before - 0.04)
+    assert not watch.harmful(before, before - 0.06 - np.tile([-0.5, 0.5], 10))
+
+
+def test_an_epoch_takes_any_image_that_stands_in_for_a_row():
+    draw = AnyImage(np.array([0, 1, 0, 3, 1, 0, -1, 1]), (3,))
+    rows = np.array([0, 1, 3])
+    seen = [draw(rows, epoch).tolist() for epoch in range(30)]
     assert {epoch[0] for epoch in seen} == {0, 2, 5}
     assert {epoch[1] for epoch in seen} == {1, 4, 7}
     assert {epoch[2] for epoch in seen} == {3}
-    again = [torch.cat(list(inputs.batches(rows, epoch)))[:, 0].int().tolist() for epoch in range(30)]
-    assert again == seen
-    assert torch.cat(list(inputs.batches(rows, None)))[:, 0].tolist() == [0, 1, 3, 2]
+    assert [draw(rows, epoch).tolist() for epoch in range(30)] == seen
+
+
+def test_an_image_that_stands_in_has_its_own_target(tmp_path):
+    draw = AnyImage(np.where(np.arange(120) < 100, np.arange(120) // 2 * 2, -1), (3,))
+    rows = np.arange(0, 100, 2)
+    other = TARGETS.copy()
+    other[1:100:2] = other[1:100:2][::-1]  # of rows that train only by standing in
+    found = []
+    for name, targets in (("a", TARGETS), ("b", other)):
+        tower, head = start(LinearHead)
+        fit(
+            tower, head, Stored(FEATURES), targets[None], rows, schedule(), "cpu", tmp_path / name,
+            validation(floor=-9.0), "test", draw=draw,
+        )  # fmt: skip
+        found.append(weights(tower, head))
+    assert not torch.equal(*found)

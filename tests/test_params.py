@@ -62,7 +62,7 @@ def test_default_is_valid():
         ("model_a__tta", ["flip", "flip"], "model_a"),
         ("model_a__tta", ["mirror"], "model_a.tta.0"),
         ("model_a__layer_decay", 0, "model_a.layer_decay"),
-        ("model_a__wise", 1.5, "model_a.wise"),
+        ("model_a__validation", 1, "model_a.validation"),
         ("model_a__unfreeze", [-1], "model_a.unfreeze"),
         ("ensemble__clips", [], "ensemble.clips"),
         ("ensemble__clips", [0, 0], "ensemble"),
@@ -107,9 +107,10 @@ def test_search_and_numbers_are_both_taken(tmp_path):
     assert load_params(written(tmp_path, knn__k=100, knn__distance_dim=8)).knn.k == 100
 
 
-def test_a_head_that_never_trains_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing would be trained"):
-        load_params(written(tmp_path, model_a__head_epochs=0, model_a__tower_epochs=0))
+def test_a_cross_fit_of_one_part_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cross_fit: 1 part"):
+        load_params(written(tmp_path, model_a__cross_fit=1))
+    assert load_params(written(tmp_path, model_a__cross_fit=0)).model_a.cross_fit == 0
 
 
 def test_one_clip_or_several_with_one_tag_for_all_or_one_each(tmp_path):

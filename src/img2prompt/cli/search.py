@@ -4,8 +4,8 @@ It prints what to pin in params.yaml. For every held-out fold, the settings are 
 on the rest, so the held-out fold itself is never used. Both heads get the same grids.
 
     img2prompt search                               # epochs and learning rates
-    img2prompt search ema wise --folds 0 2          # other grids, one after the other, on two folds
-    img2prompt search ema wise --apart --seeds 3    # the gain of each value alone, as the mean of three trainings
+    img2prompt search ema pull --folds 0 2          # other grids, one after the other, on two folds
+    img2prompt search ema pull --apart --seeds 3    # the gain of each value alone, as the mean of three trainings
 """
 
 import argparse
@@ -26,22 +26,24 @@ from img2prompt.core.progress import progress
 from img2prompt.core.storage import RESUME, digest, whole
 from img2prompt.model_a.fold import Features, Fold, TrainRows
 from img2prompt.model_a.params import Rates
-from img2prompt.model_a.ridge import Ridge
-from img2prompt.model_a.training import predict
+from img2prompt.model_a.prediction import predict
+from img2prompt.model_a.training import Start
 
 # The values to try of each parameter, while the others have their best values so far, at first those of params.yaml.
 GRIDS: dict[str, list[object]] = {
     "lr_head": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3],
     "lr_tower": [1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3],  # from the best for a public CLIP to the best for the sample's
-    "tower_epochs": [2, 3, 4, 6],
-    "head_epochs": [0, 2],  # LP-FT
+    "epochs": [2, 3, 4, 6],
     "batch_size": [16, 32, 64],
     "pretrain": [False, True],
     "layer_decay": [1.0, 0.8, 0.6],
     "mse": [0.0, 0.01, 1.0],
     "hidden": [0, 2048],
     "ema": [0.0, 0.15, 0.4],
-    "wise": [1.0, 0.8, 0.6],
+    "pull": [0.0, 0.3, 1.0, 3.0],
+    "cross_fit": [0, 5],
+    "validation": [128, 256, 512],
+    "any_image": [False, True],
     "dropout": [0.0, 0.2, 0.4],
     "weight_decay": [0.01, 0.1, 1.0],
     "tta": [],  # `search` fills in no view, each view of params.yaml, and all: no others are stored
@@ -56,7 +58,7 @@ Setting = dict[str, object]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: what to search, and on which folds, heads, seeds and CLIP."""
-    parser.add_argument("grids", nargs="*", default=list(GRIDS)[:4], metavar="grid")
+    parser.add_argument("grids", nargs="*", default=list(GRIDS)[:3], metavar="grid")
     parser.add_argument("--folds", type=int, nargs="+", help="default: all")
     parser.add_argument("--heads", nargs="+", default=["linear", "model_a"], choices=["linear", "model_a"])
     parser.add_argument("--seeds", type=int, default=1, help="number of trainings of each setting")
@@ -94,15 +96,16 @@ def search(params: Params, asked: argparse.Namespace) -> None:
     inputs = features.inputs(section.augmentation, section.seed, where)
     frozen = dict(zip(features.views, inputs, strict=True))
     inner = {held_out: ids[(ids.index(held_out) + 1) % len(ids)] for held_out in folds}
-    splits = {held_out: Fold(rows, features, [held_out, inner[held_out]], inner[held_out]) for held_out in folds}
-    watched_group = np.concatenate([rows.group[split.watched_rows] for split in splits.values()])
+    splits = {held_out: Fold(rows, features, [held_out, inner[held_out]]) for held_out in folds}
+    wanted = {held_out: np.flatnonzero(rows.scored & (rows.fold == inner[held_out])) for held_out in folds}
+    wanted_group = np.concatenate([rows.group[of_fold] for of_fold in wanted.values()])
     views = [[], *([seen] for seen in section.tta), section.tta] if len(section.tta) > 1 else [[], section.tta]
     grids = GRIDS | {"tta": views}
     shutil.rmtree(RESUME / "search", ignore_errors=True)
 
     @cache
-    def start(held_out: int, pretrain: bool) -> Ridge:
-        return splits[held_out].start(pretrain)
+    def start(held_out: int, **starting: object) -> Start:
+        return splits[held_out].start(section.model_copy(update=starting))
 
     latest: dict[tuple[str, int, int], tuple[Setting, nn.ModuleDict]] = {}
 
@@ -116,20 +119,21 @@ def search(params: Params, asked: argparse.Namespace) -> None:
         rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
         changed = section.model_copy(update=setting)
         folder = RESUME / "search" / digest(repr((*place, setting)))
-        model, _ = splits[held_out].train(
-            kind, start(held_out, changed.pretrain), frozen["plain"], changed, rates, (section.seed + seed, held_out),
-            where, folder, watch=False,
+        starting = {key: getattr(changed, key) for key in ("pretrain", "validation", "cross_fit")}
+        model, _, _ = splits[held_out].train(
+            kind, start(held_out, **starting), frozen["plain"], changed, rates, (section.seed + seed, held_out), where,
+            folder,
         )  # fmt: skip
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         if "tta" in asked.grids:
             latest[place] = setting, model
         return model
 
     def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
-        model, wanted = trained(kind, held_out, seed, setting), splits[held_out].watched_rows
+        model, those = trained(kind, held_out, seed, setting), wanted[held_out]
         seen = [frozen[name] for name in ("plain", *setting.get("tta", section.tta))]
-        found = predict(model["tower"], model["head"], seen, wanted, section.batch_size, where)
-        return cosine(found, rows.targets[0, wanted])
+        found = predict(model["tower"], model["head"], seen, those, section.batch_size, where)
+        return cosine(found, rows.targets[0, those])
 
     results: list[dict[str, object]] = []
     for kind in asked.heads:
@@ -154,7 +158,7 @@ def search(params: Params, asked: argparse.Namespace) -> None:
                 seconds = (time.monotonic() - began) / len(folds) / asked.seeds
                 first = found if first is None else first
                 gain = found - first  # (seeds, images)
-                low, high = bootstrap_interval(gain.mean(axis=0), watched_group)
+                low, high = bootstrap_interval(gain.mean(axis=0), wanted_group)
                 known[repr(setting)] = found.mean()
                 changes = {key: value for key, value in setting.items() if value != pinned[key]}
                 results.append({

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.model_selection import GroupKFold
 from torch import nn
 
 from img2prompt.clip.features import Images, stem
@@ -19,8 +20,9 @@ from img2prompt.clip.towers import projection, tower, unfrozen
 from img2prompt.core.rows import read_rows
 from img2prompt.model_a.inputs import Augmented, Drawn, Inputs, Stored
 from img2prompt.model_a.params import Augmentation, ModelAParams, Rates
-from img2prompt.model_a.ridge import Ridge, TextPrior, ridge
-from img2prompt.model_a.training import train
+from img2prompt.model_a.ridge import Ridge, TextPrior, cross_fit, ridge
+from img2prompt.model_a.training import Start, train
+from img2prompt.model_a.validation import Choice, validation_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class TrainRows:
     group: np.ndarray  # (n,) int64, equal for similar prompts
     kept: np.ndarray  # (n,) bool: may be trained on
     scored: np.ndarray  # (n,) bool: counts in the scores
-    prompt: np.ndarray  # (n,) int64, equal for equal prompts
+    stands_for: np.ndarray  # (n,) int64: of near-duplicate rows the one that may be trained on; below 0: none
     texts_targets: np.ndarray  # (t, 384) float32, norm 1
     texts_kept: np.ndarray  # (t,) bool: may be trained on
     texts_near: np.ndarray  # (t, folds) bool: is near a prompt of the fold; folds in ascending order
@@ -49,7 +51,7 @@ class TrainRows:
             group=table.group.to_numpy(),
             kept=np.load(outputs / "dedup/kept.npy"),
             scored=np.load(outputs / "dedup/scored.npy"),
-            prompt=pd.factorize(read_rows(outputs / "prepare/train.parquet", ["prompt"]).prompt)[0],
+            stands_for=np.load(outputs / "dedup/stands_for.npy"),
             texts_targets=np.load(prompts / "texts.npy"),
             texts_kept=np.load(outputs / "dedup/texts_kept.npy"),
             texts_near=np.load(outputs / "folds/texts_near.npy"),
@@ -123,61 +125,73 @@ class Features:
 
 @dataclass(frozen=True)
 class Fold:
-    """Which rows train, which folds are held out, and which of these is watched.
-
-    `unseen` lists the held-out folds: nothing here learns from them. `watched` is the one of them whose scored rows
-    measure the training: for a fold's out-of-fold predictions the fold itself, for a search another held-out fold.
-    """
+    """Which rows train, and which folds are held out: nothing here learns from those, and nothing is chosen on them."""
 
     rows: TrainRows
     features: Features
     unseen: Sequence[int]
-    watched: int
 
     @property
     def training_rows(self) -> np.ndarray:
-        """The rows that train, (m,) int64: kept, and in no held-out fold."""
+        """The rows that train or validate, (m,) int64: kept, and in no held-out fold."""
         return np.flatnonzero(self.rows.kept & ~np.isin(self.rows.fold, self.unseen))
 
-    @property
-    def watched_rows(self) -> np.ndarray:
-        """The scored rows of the fold that is watched, (w,) int64."""
-        return np.flatnonzero(self.rows.scored & (self.rows.fold == self.watched))
-
-    def start(self, pretrain: bool) -> Ridge:
-        """The ridge regression that both heads start as; `pretrain`: with the text prior.
+    def start(self, settings: ModelAParams) -> Start:
+        """The ridge regressions that both heads start as, and the rows that watch their training.
 
         Raises:
-            ValueError: `pretrain`, and CLIP's projection is not linear.
+            ValueError: `settings.pretrain`, and CLIP's projection is not linear.
         """
-        training = self.training_rows
-        prior = self.features.text_prior(self.rows, training, self.unseen) if pretrain else None
-        pooled, targets = (torch.from_numpy(x[training]) for x in (self.features.pooled, self.rows.targets[0]))
-        return ridge(pooled, targets, self.rows.group[training], prior)
+        training, groups = self.training_rows, self.rows.group
+        watch = validation_rows(training, groups[training], settings.validation, (settings.seed, *self.unseen))
+        whole = self._ridge(training, settings.pretrain)
+        fitted = training[~watch]
+        inner = self._ridge(fitted, settings.pretrain) if watch.any() else whole
+        count, parts, others = min(settings.cross_fit, len(np.unique(groups[fitted]))), None, None
+        if count > 1 and watch.any():
+            parts = np.full(len(groups), -1)
+            splits = GroupKFold(count).split(fitted, groups=groups[fitted])
+            for part, (_, members) in enumerate(splits):
+                parts[fitted[members]] = part
+            others = cross_fit(inner, *self._tensors(fitted), parts[fitted])
+        mask = np.zeros(len(groups), dtype=bool)
+        mask[fitted] = True
+        return Start(whole, mask, training[watch], inner, parts, others)
 
     def train(
         self,
         kind: str,
-        start: Ridge,
+        start: Start,
         inputs: Inputs,
         settings: ModelAParams,
         rates: Rates,
         seed: Sequence[int],
         device: str,
         resume: Path,
-        watch: bool = True,
-    ) -> tuple[nn.ModuleDict, pd.DataFrame]:
+    ) -> tuple[nn.ModuleDict, pd.DataFrame, Choice]:
         """Train a copy of the tower's last layers with a head.
 
-        Args: as `training.train`; with `watch` the history has the scores of the watched rows.
+        Args: as `training.train`.
 
         Returns:
-            The trained `tower` and `head`, and the history.
+            The trained `tower` and `head`, the history, and what the validation rows chose.
         """
-        last = self.features.last
-        head, history = train(
-            kind, start, self.features.pooled, inputs, last, self.rows.targets, self.training_rows,
-            self.watched_rows if watch else np.empty(0, np.int64), settings, rates, seed, device, resume,
-            np.where(np.isin(self.rows.fold, self.unseen), -1, self.rows.prompt) if settings.any_image else None,
+        rows, last = self.rows, self.features.last
+        stands_for = None
+        if settings.any_image:
+            # In a group of similar prompts all rows train or none: what stands in for one that trains is not watched.
+            barred = np.isin(rows.fold, self.unseen) | np.isin(rows.group, rows.group[start.validation])
+            free = (rows.stands_for >= 0) & ~barred & start.fitted[rows.stands_for]
+            stands_for = np.where(free, rows.stands_for, -1)
+        head, history, choice = train(
+            kind, start, self.features.pooled, inputs, last, rows.targets, rows.group, settings, rates, seed, device,
+            resume, stands_for,
         )  # fmt: skip
-        return nn.ModuleDict({"tower": last, "head": head}), history
+        return nn.ModuleDict({"tower": last, "head": head}), history, choice
+
+    def _ridge(self, training: np.ndarray, pretrain: bool) -> Ridge:
+        prior = self.features.text_prior(self.rows, training, self.unseen) if pretrain else None
+        return ridge(*self._tensors(training), self.rows.group[training], prior)
+
+    def _tensors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.features.pooled[rows]), torch.from_numpy(self.rows.targets[0, rows])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from img2prompt.model_a.ridge import Ridge
+from img2prompt.model_a.ridge import CrossFit, Ridge
 
 
 class Wide(nn.Module):
@@ -42,9 +42,10 @@ class LinearHead(nn.Module):
         start: the ridge regression from pooled features to targets.
         dropout: probability that a standardised feature is dropped.
         hidden: width of the hidden layer of a `Wide` branch; 0: no branch.
+        others: the regression without each part of the rows; None where no part is ever named.
     """
 
-    def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
+    def __init__(self, start: Ridge, dropout: float, hidden: int, others: CrossFit | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", start.mean.clone())
         self.register_buffer("std", start.std.clone())
@@ -54,11 +55,27 @@ class LinearHead(nn.Module):
         self.fc.weight.data.copy_(start.weight)
         self.fc.bias.data.copy_(start.bias)
         self.wide = Wide(features, hidden, outputs) if hidden else None
+        # Of use in training only, so in no file.
+        self.register_buffer("start", start.weight.clone(), persistent=False)
+        self.register_buffer("others", None if others is None else others.weight - start.weight, persistent=False)
+        self.register_buffer("levels", None if others is None else others.bias - start.bias, persistent=False)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """V (n, d) -> (n, t), not normalised."""
+    def forward(self, features: Tensor, parts: Tensor | None = None) -> Tensor:
+        """V (n, d) -> (n, t), not normalised; with parts (n,) int64 a row starts from the regression without its part.
+
+        What is learned, the difference from the start, is the same for all rows.
+        """
         x = self.dropout((features - self.mean) / self.std)
-        return self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
+        found = self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
+        if parts is not None:
+            for part in parts.unique().tolist():
+                rows = (parts == part).nonzero().squeeze(1)
+                found = found.index_add(0, rows, functional.linear(x[rows], self.others[part], self.levels[part]))
+        return found
+
+    def moved(self) -> Tensor:
+        """The squared distance of the weights from the regression's."""
+        return (self.fc.weight - self.start).square().sum()
 
 
 class PaperHead(nn.Module):
@@ -71,10 +88,10 @@ class PaperHead(nn.Module):
     Args: as LinearHead, which is FC1.
     """
 
-    def __init__(self, start: Ridge, dropout: float, hidden: int) -> None:
+    def __init__(self, start: Ridge, dropout: float, hidden: int, others: CrossFit | None = None) -> None:
         super().__init__()
         width = len(start.bias)
-        self.fc1, self.norm1 = LinearHead(start, dropout, hidden), nn.LayerNorm(width, eps=1e-8)
+        self.fc1, self.norm1 = LinearHead(start, dropout, hidden, others), nn.LayerNorm(width, eps=1e-8)
         self.fc2, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-8)
         self.w = nn.Parameter(torch.tensor(0.5))
         nn.init.eye_(self.fc2.weight)
@@ -82,11 +99,15 @@ class PaperHead(nn.Module):
         for norm in (self.norm1, self.norm2):
             nn.init.constant_(norm.weight, 1 / math.sqrt(width))  # outputs of norm about 1, like the targets
 
-    def forward(self, features: Tensor) -> Tensor:
-        """V (n, d) -> (n, t), not normalised."""
-        n1 = self.norm1(self.fc1(features))
+    def forward(self, features: Tensor, parts: Tensor | None = None) -> Tensor:
+        """V (n, d) -> (n, t), not normalised; parts as in LinearHead."""
+        n1 = self.norm1(self.fc1(features, parts))
         n2 = self.norm2(self.fc2(n1))
         return self.w * n1 + (1 - self.w) * n2
+
+    def moved(self) -> Tensor:
+        """As LinearHead's, of FC1."""
+        return self.fc1.moved()
 
 
 HEADS: dict[str, type[LinearHead] | type[PaperHead]] = {"linear": LinearHead, "model_a": PaperHead}

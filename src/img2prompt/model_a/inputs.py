@@ -37,31 +37,24 @@ class Stored:
 
 
 class AnyImage:
-    """Inputs in which an epoch draws, for each row, one of all images with the row's prompt; without an epoch its own.
+    """Draws, for rows that train, one of all rows that may stand in for them, each anew for every epoch.
 
     Args:
-        inputs: from which rows are drawn.
-        prompts: (n,) int64, equal for rows of one prompt; below 0 for rows that must not be drawn.
+        stands_for: (n,) int64, the row that each row may stand in for, itself among them; below 0: none.
         seed: of the draw, together with the epoch.
     """
 
-    def __init__(self, inputs: Inputs, prompts: np.ndarray, seed: Sequence[int]) -> None:
-        self._inputs, self._prompts, self._seed = inputs, prompts, seed
-        drawable = np.flatnonzero(prompts >= 0)
-        self._rows = drawable[np.argsort(prompts[drawable], kind="stable")]
-        self._counts = np.bincount(prompts[drawable])
+    def __init__(self, stands_for: np.ndarray, seed: Sequence[int]) -> None:
+        self._seed = seed
+        drawable = np.flatnonzero(stands_for >= 0)
+        self._rows = drawable[np.argsort(stands_for[drawable], kind="stable")]
+        self._counts = np.bincount(stands_for[drawable], minlength=len(stands_for))
         self._starts = np.cumsum(self._counts) - self._counts
 
-    def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield what `inputs` does, for the rows drawn."""
-        if epoch is not None:
-            rng = np.random.default_rng([*self._seed, epoch])
-            rows = [self._draw(batch, rng) for batch in rows]
-        yield from self._inputs.batches(rows, epoch)
-
-    def _draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        prompts = self._prompts[rows]
-        return self._rows[self._starts[prompts] + rng.integers(self._counts[prompts])]
+    def __call__(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """The rows (m,) that stand in for `rows` (m,) in an epoch."""
+        rng = np.random.default_rng([*self._seed, epoch])
+        return self._rows[self._starts[rows] + rng.integers(self._counts[rows])]
 
 
 def _augmentation(amount: Augmentation) -> albumentations.Compose:

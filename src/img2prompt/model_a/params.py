@@ -10,18 +10,11 @@ from img2prompt.core.params import Count, Layers, Positive, Section, Seed, Share
 
 
 class Rates(Section):
-    """One head's schedule: epochs of the head alone, then of tower and head, with their learning rates."""
+    """One head's schedule: epochs of tower and head together, with their learning rates."""
 
-    head_epochs: Annotated[int, Field(ge=0)]
-    tower_epochs: Annotated[int, Field(ge=0)]
+    epochs: Count
     lr_head: Positive
     lr_tower: Positive
-
-    @model_validator(mode="after")
-    def _trains(self) -> Self:
-        if self.head_epochs + self.tower_epochs == 0:
-            raise ValueError("head_epochs and tower_epochs are both 0: nothing would be trained")
-        return self
 
 
 class Augmentation(Section):
@@ -53,22 +46,27 @@ class ModelAParams(Rates):
     weight_decay: Annotated[float, Field(ge=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     warmup: Annotated[float, Field(ge=0, lt=1)]
+    steps: Annotated[int, Field(ge=0)]
+    validation: Annotated[int, Field(ge=2)]
+    pull: Annotated[float, Field(ge=0)]
+    cross_fit: Annotated[int, Field(ge=0)]
     clip_grad: Positive
     pretrain: bool
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     mse: Annotated[float, Field(ge=0)]
     hidden: Annotated[int, Field(ge=0)]
     ema: Share
-    wise: Share
     tta: list[Literal["flip", "smaller", "larger", "renormalised"]]
     any_image: bool
     linear: Rates
     augmentation: Augmentation
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _possible(self) -> Self:
         if len(set(self.tta)) < len(self.tta):
             raise ValueError("tta names a view twice")
+        if self.cross_fit == 1:
+            raise ValueError("cross_fit: 1 part leaves no other rows: give 2 or more, or 0")
         return self
 
     def stored(self, clip: int) -> int:

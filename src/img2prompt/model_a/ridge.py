@@ -19,7 +19,7 @@ class Ridge:
 
     All tensors are float32: `mean` and `std` (d,), `weight` (t, d), `bias` (t,). `score` is the mean cosine over the
     rows it was fitted on, each predicted without its group, at the best of the strengths tried and of the `share`s
-    of the text prior.
+    of the text prior; `prior` (t, d) is what the weights shrink towards, None for zero.
     """
 
     mean: Tensor
@@ -29,6 +29,18 @@ class Ridge:
     strength: float
     share: float
     score: float
+    prior: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """A ridge regression fitted anew without each of p parts of its rows, in place of all of them at once.
+
+    `weight` (p, t, d) and `bias` (p, t), float32, are for the features as the whole regression standardises them.
+    """
+
+    weight: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -161,4 +173,37 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
     score, strength, share = best
     start = share * project @ translate if prior else torch.zeros(x.shape[1], t.shape[1], dtype=torch.double)
     weight = start.T + spectrum.weight(t - mean - x @ start, strength)
-    return Ridge(centre, std, weight.float(), mean.float(), strength, share, score)
+    towards = start.T.float() if prior else None
+    return Ridge(centre, std, weight.float(), mean.float(), strength, share, score, towards)
+
+
+def cross_fit(found: Ridge, features: Tensor, targets: Tensor, parts: np.ndarray) -> CrossFit:
+    """Fit a ridge regression again without each part of its rows, at the same strength and with the same prior.
+
+    Args:
+        found: what `ridge` made of the features (n, d) and the targets (n, t), float32.
+        parts: (n,) int, from 0: the part of each row.
+    """
+    x, t = ((features - found.mean) / found.std).double(), targets.double()
+    prior = torch.zeros(t.shape[1], x.shape[1], dtype=torch.double) if found.prior is None else found.prior.double()
+    rest = t - x @ prior.T
+    gram, product = (x.T @ x, x.T @ rest) if len(x) > x.shape[1] else (None, None)
+    weights, biases = [], []
+    for part in range(parts.max() + 1):
+        out = torch.from_numpy(parts == part)
+        mean, level = x[~out].mean(0), rest[~out].mean(0)
+        if gram is None:
+            inside, outputs = x[~out] - mean, rest[~out] - level
+            inner = inside @ inside.T
+            inner.diagonal().add_(found.strength)
+            weight = torch.linalg.solve(inner, outputs, left=True).T @ inside
+        else:
+            # The Gram matrix of the other rows at mean 0 follows from that of all rows.
+            count = (~out).sum()
+            inner = gram - x[out].T @ x[out] - count * torch.outer(mean, mean)
+            inner.diagonal().add_(found.strength)
+            outputs = product - x[out].T @ rest[out] - count * torch.outer(mean, level)
+            weight = torch.cholesky_solve(outputs, torch.linalg.cholesky(inner)).T
+        weights.append((weight + prior).float())
+        biases.append((level - weight @ mean).float())
+    return CrossFit(torch.stack(weights), torch.stack(biases))

@@ -1,11 +1,12 @@
-"""Training with differential learning rates, and prediction."""
+"""Training with differential learning rates, watched by validation rows."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +20,25 @@ from torch.nn import functional
 
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import whole
-from img2prompt.model_a.heads import HEADS
-from img2prompt.model_a.inputs import AnyImage, Inputs, Stored
+from img2prompt.model_a.heads import HEADS, LinearHead, PaperHead
+from img2prompt.model_a.inputs import AnyImage, Inputs
 from img2prompt.model_a.params import ModelAParams, Rates
-from img2prompt.model_a.ridge import Ridge
+from img2prompt.model_a.ridge import CrossFit, Ridge
+from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, blend
+
+LOWER = 0.25  # by which a rate is lowered that does harm
+LOWEST = 5  # times it may be: a thousandth of the rate that was asked for
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One phase of training.
+    """How tower and head are trained.
 
     `lr_tower` and `lr_head` are the peaks of a cosine schedule with a linear warm-up over the share `warmup`
     of the steps; a step sees `batch_size * accumulate` rows. Each layer of the tower has the learning rate
     of the layer after it times `layer_decay`. `mse` is the weight of the mean squared error in the loss, beside the
-    cosine. `ema` above 0 takes the exponential moving average of the weights over about this share of the steps.
+    cosine, `pull` that of half the head's squared distance from its start. `ema` above 0 takes the exponential moving
+    average of the weights over about this share of the steps.
     """
 
     epochs: int
@@ -40,6 +46,7 @@ class Schedule:
     lr_head: float
     layer_decay: float
     mse: float
+    pull: float
     ema: float
     batch_size: int
     accumulate: int
@@ -63,14 +70,16 @@ def parameter_groups(tower: nn.Sequential, head: nn.Module, schedule: Schedule) 
     and the w of eq. 3 are not decayed: pulling them to zero would pull predictions off the mean target.
     """
     rates = [schedule.lr_tower * schedule.layer_decay**behind for behind in reversed(range(len(tower)))]
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for module, rate in zip([*tower, head], [*rates, schedule.lr_head], strict=True):
+        of = "head" if module is head else "tower"
         for parameter in module.parameters():
             if parameter.requires_grad:
-                groups.setdefault((rate, schedule.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+                decay = schedule.weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((of, rate, decay), []).append(parameter)
     return [
-        {"params": members, "lr": rate, "peak": rate, "weight_decay": decay}
-        for (rate, decay), members in groups.items()
+        {"params": members, "lr": rate, "peak": rate, "weight_decay": decay, "of": of}
+        for (of, rate, decay), members in groups.items()
     ]
 
 
@@ -83,17 +92,23 @@ def cosine_loss(predicted: Tensor, target: Tensor, mse: float = 0.0) -> Tensor:
 
 def fit(
     tower: nn.Sequential,
-    head: nn.Module,
+    head: LinearHead | PaperHead,
     inputs: Inputs,
     targets: np.ndarray,
     rows: np.ndarray,
     schedule: Schedule,
     device: str,
     resume: Path,
-    watched: np.ndarray,
+    validation: Validation,
     what: str,
-) -> list[dict[str, float]]:
+    parts: np.ndarray | None = None,
+    draw: AnyImage | None = None,
+) -> tuple[list[dict[str, float]], Choice]:
     """Train head, and tower where it is not frozen, in place, by `cosine_loss` between predictions and targets.
+
+    The weights end at the point that the validation rows choose: the start itself, the end of an epoch, or a point on
+    the line from the start to the end (WiSE-FT); where there are no such rows, the start. A rate whose first steps do
+    harm is lowered and training begins again, so the rates of the schedule are the most that is tried.
 
     After each epoch everything that the next one needs is written to `resume`; if the file is there, training
     resumes from it and ends with the same weights. The tower's batch norms keep their running statistics.
@@ -107,200 +122,323 @@ def fit(
         schedule: learning rates, batch sizes and epochs.
         device: a torch device.
         resume: file of the last finished epoch.
-        watched: (w,) rows whose mean cosine is logged after each epoch; training does not depend on them.
+        validation: the rows that choose. No gradient comes from them.
         what: label of the progress bar.
+        parts: (n,) int, of each row that trains the part of the head's cross-fit; None: every row starts alike.
+        draw: which images stand in for the rows in an epoch; None: their own.
 
     Returns:
-        One dict for each epoch: `epoch` from 1, `loss` (mean over training rows), `score` (mean cosine on `watched`).
+        One dict for each epoch: `epoch` from 1, `loss` (mean over training rows), `score` (mean cosine on the
+        validation rows); and the choice.
     """
+    if not len(validation.rows):
+        return [], Choice(0, 0.0, Gain(0.0, 0.0))
     tower, head = tower.to(device), head.to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(tower, head, schedule))
-    # bf16 needs no loss scaling; cards before Ampere have only fp16. CPUs train small towers faster in fp32.
-    cuda = torch.device(device).type == "cuda"
-    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    scaler = torch.amp.GradScaler("cuda", enabled=cuda and half == torch.float16)
-    model = nn.ModuleDict({"tower": tower, "head": head})
-    trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-
-    per_step = schedule.batch_size * schedule.accumulate
-    steps_per_epoch = math.ceil(len(rows) / per_step)
-    steps = schedule.epochs * steps_per_epoch
-    average = ModelEmaV3(model, 1 - 1 / max(1.0, schedule.ema * steps)) if schedule.ema and steps else None
-    used = average.module if average else model
-    history = _load(resume, model, average, optimiser, scaler) if resume.is_file() else []
-    epochs = progress(range(len(history), schedule.epochs), what, unit="epoch")
-    for epoch in epochs:
-        rng = np.random.default_rng([*schedule.seed, epoch])
-        torch.manual_seed(int(rng.integers(2**63)))  # dropout
-        order = rng.permutation(rows)
-        copy = rng.integers(len(targets), size=len(order))
-        micro = [
-            (step, order[start : start + schedule.batch_size], copy[start : start + schedule.batch_size])
-            for step in range(steps_per_epoch)
-            for start in range(step * per_step, min((step + 1) * per_step, len(order)), schedule.batch_size)
-        ]
-        last = {step: number for number, (step, _, _) in enumerate(micro)}
-        total = 0.0
-        tower.eval()
-        head.train()
-        batches = inputs.batches([batch for _, batch, _ in micro], epoch)
-        for number, ((step, batch, copies), x) in enumerate(zip(micro, batches, strict=True)):
-            with torch.autocast("cuda", half, enabled=cuda):
-                predicted = head(tower(x.to(device)))
-            loss = cosine_loss(predicted, torch.from_numpy(targets[copies, batch]).to(device), schedule.mse)
-            total += loss.item()
-            # The last step of an epoch may be smaller: every row weighs the same within its step.
-            scaler.scale(loss / min(per_step, len(order) - step * per_step)).backward()
-            if number < last[step]:
-                continue
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * schedule.factor(epoch * steps_per_epoch + step, steps)
-            scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(trained, schedule.clip_grad)
-            scaler.step(optimiser)
-            scaler.update()
-            optimiser.zero_grad()
-            if average:
-                average.update(model)
-        seen = predict(used["tower"], used["head"], [inputs], watched, schedule.batch_size, device)
-        score = float((seen * targets[0, watched]).sum(1).mean()) if len(watched) else 0.0
-        history.append({"epoch": epoch + 1, "loss": total / len(order), "score": score})
-        epochs.set_postfix(score=f"{score:.4f}", refresh=False)
-        _save(resume, model, average, optimiser, scaler, history)
-    if average:
-        model.load_state_dict(average.module.state_dict())
-    return history
+    start = {name: value.clone() for name, value in nn.ModuleDict({"tower": tower, "head": head}).state_dict().items()}
+    before = validation.cosines(tower, head)
+    lowered = {"tower": 0, "head": 0}
+    while True:
+        run = _Run(tower, head, schedule, len(rows), start, lowered, device)
+        if resume.is_file():
+            run.load(resume)
+            lowered = run.lowered
+        harmful = run.epochs(inputs, targets, rows, resume, validation, before, what, parts, draw)
+        if harmful is None:
+            break
+        resume.unlink(missing_ok=True)
+        lowered = {name: count + (name in harmful) for name, count in lowered.items()}
+        nn.ModuleDict({"tower": tower, "head": head}).load_state_dict(start)
+    choice, weights = run.best, run.best_weights
+    end = {name: value.clone() for name, value in run.used.state_dict().items()}
+    for share in LINE:
+        run.model.load_state_dict(blend(start, end, share))
+        gain = Gain.of(validation.cosines(tower, head) - before, validation.groups)
+        if gain.sure > choice.gain.sure:
+            choice, weights = replace(choice, epoch=len(run.history), share=share, gain=gain), None
+    if weights is None:
+        weights = blend(start, end, choice.share)
+    run.model.load_state_dict(weights)
+    return run.history, replace(choice, lowered_tower=lowered["tower"], lowered_head=lowered["head"])
 
 
-def interpolate(model: nn.Module, original: Mapping[str, Tensor], share: float) -> None:
-    """WiSE-FT (arXiv 2109.01903): in place, every weight becomes (1 - share) * its `original` + share * itself."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            value.lerp_(original[name].to(value.device), 1 - share)
+class _Run:
+    """A training with one pair of rates, from the start or from where it was killed."""
+
+    def __init__(
+        self,
+        tower: nn.Sequential,
+        head: LinearHead | PaperHead,
+        schedule: Schedule,
+        rows: int,
+        start: dict[str, Tensor],
+        lowered: dict[str, int],
+        device: str,
+    ) -> None:
+        self.tower, self.head, self.schedule, self.device, self.start = tower, head, schedule, device, start
+        self.model = nn.ModuleDict({"tower": tower, "head": head})
+        self.per_step = schedule.batch_size * schedule.accumulate
+        self.steps_per_epoch = math.ceil(rows / self.per_step)
+        self.steps = schedule.epochs * self.steps_per_epoch
+        # bf16 needs no loss scaling; cards before Ampere have only fp16. CPUs train small towers faster in fp32.
+        self.cuda = torch.device(device).type == "cuda"
+        bf16 = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.half = torch.bfloat16 if bf16 else torch.float16
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and not bf16)
+        share = schedule.ema * self.steps
+        self.average = ModelEmaV3(self.model, 1 - 1 / max(1.0, share)) if schedule.ema else None
+        self.used = self.average.module if self.average else self.model
+        self.optimiser = torch.optim.AdamW(parameter_groups(tower, head, schedule))
+        self.trained = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        self.history: list[dict[str, float]] = []
+        self.best, self.best_weights = Choice(0, 0.0, Gain(0.0, 0.0)), start
+        self.lowered = lowered
+
+    def epochs(
+        self,
+        inputs: Inputs,
+        targets: np.ndarray,
+        rows: np.ndarray,
+        resume: Path,
+        validation: Validation,
+        before: np.ndarray,
+        what: str,
+        parts: np.ndarray | None,
+        draw: AnyImage | None,
+    ) -> set[str] | None:
+        """Train the epochs that are left; None, or which of `tower` and `head` does harm, as soon as it shows."""
+        schedule = self.schedule
+        # A rate that is too high has done its harm when the warm-up is over and as much again.
+        looks = {max(1, times * math.ceil(schedule.warmup * self.steps)) for times in (1, 2)}
+        epochs = progress(range(len(self.history), schedule.epochs), what, unit="epoch")
+        for epoch in epochs:
+            rng = np.random.default_rng([*schedule.seed, epoch])
+            torch.manual_seed(int(rng.integers(2**63)))  # dropout
+            order = rng.permutation(rows)
+            copy = rng.integers(len(targets), size=len(order))
+            seen = order if draw is None else draw(order, epoch)
+            micro = [
+                (step, slice(start, min(start + schedule.batch_size, len(order))))
+                for step in range(self.steps_per_epoch)
+                for start in range(
+                    step * self.per_step, min((step + 1) * self.per_step, len(order)), schedule.batch_size
+                )
+            ]
+            last = {step: number for number, (step, _) in enumerate(micro)}
+            total = 0.0
+            self._train()
+            batches = inputs.batches([seen[batch] for _, batch in micro], epoch)
+            for number, ((step, batch), x) in enumerate(zip(micro, batches, strict=True)):
+                of_part = None if parts is None else torch.from_numpy(parts[order[batch]]).to(self.device)
+                with torch.autocast("cuda", self.half, enabled=self.cuda):
+                    predicted = self.head(self.tower(x.to(self.device)), of_part)
+                wanted = torch.from_numpy(targets[copy[batch], seen[batch]]).to(self.device)
+                loss = cosine_loss(predicted, wanted, schedule.mse)
+                total += loss.item()
+                # The last step of an epoch may be smaller: every row weighs the same within its step.
+                loss = loss / min(self.per_step, len(order) - step * self.per_step)
+                if number == last[step] and schedule.pull:
+                    loss = loss + schedule.pull * self.head.moved() / 2
+                self.scaler.scale(loss).backward()
+                if number < last[step]:
+                    continue
+                done = epoch * self.steps_per_epoch + step + 1
+                self._step(done - 1)
+                if done in looks:
+                    if harmful := self._harmful(validation, before):
+                        return harmful
+                    self._train()
+            after = validation.cosines(self.used["tower"], self.used["head"])
+            self.history.append({"epoch": epoch + 1, "loss": total / len(order), "score": float(after.mean())})
+            gain = Gain.of(after - before, validation.groups)
+            if gain.sure > self.best.gain.sure:
+                weights = {name: value.clone() for name, value in self.used.state_dict().items()}
+                self.best, self.best_weights = Choice(epoch + 1, 1.0, gain), weights
+            epochs.set_postfix(score=f"{after.mean():.4f}", refresh=False)
+            self.save(resume)
+        return None
+
+    def _train(self) -> None:
+        self.tower.eval()
+        self.head.train()
+
+    def _step(self, step: int) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * self.schedule.factor(step, self.steps) * LOWER ** self.lowered[group["of"]]
+        self.scaler.unscale_(self.optimiser)
+        nn.utils.clip_grad_norm_(self.trained, self.schedule.clip_grad)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad()
+        if self.average:
+            self.average.update(self.model)
+
+    def _harmful(self, validation: Validation, before: np.ndarray) -> set[str]:
+        """Whose rate does harm, as the weights are now: `tower`, `head`, neither, or both where neither does alone."""
+        if max(self.lowered.values()) >= LOWEST or not validation.harmful(
+            before, validation.cosines(self.tower, self.head)
+        ):
+            return set()
+        now = {name: value.clone() for name, value in self.model.state_dict().items()}
+        found = set()
+        for name in ("tower", "head"):
+            alone = {key: (now if key.startswith(f"{name}.") else self.start)[key] for key in now}
+            self.model.load_state_dict(alone)
+            if validation.harmful(before, validation.cosines(self.tower, self.head)):
+                found.add(name)
+        return found or {"tower", "head"}
+
+    def save(self, path: Path) -> None:
+        """Write all that the next epoch needs."""
+        modules = {"model": self.model.state_dict()}
+        if self.average:
+            modules["average"] = self.average.module.state_dict()
+        if self.best.epoch:
+            modules["best"] = self.best_weights
+        tensors = {
+            f"{kind}.{name}": value.contiguous() for kind, state in modules.items() for name, value in state.items()
+        }
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
+        facts = {
+            "history": self.history, "scaler": self.scaler.state_dict(), "best": asdict(self.best),
+            "lowered": self.lowered,
+        }  # fmt: skip
+        with whole(path) as aside:
+            save_file(tensors, aside, {"facts": json.dumps(facts)})
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        weights: dict[str, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Tensor]] = {}
+        with safe_open(path, "pt", device=self.device) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind, _, rest = name.partition(".")
+                if kind == "optimiser":
+                    index, _, key = rest.partition(".")
+                    state.setdefault(int(index), {})[key] = file.get_tensor(name)
+                else:
+                    weights.setdefault(kind, {})[rest] = file.get_tensor(name)
+            facts = json.loads(file.metadata()["facts"])
+        self.model.load_state_dict(weights["model"])
+        if self.average:
+            self.average.module.load_state_dict(weights["average"])
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.scaler.load_state_dict(facts["scaler"])
+        self.history, self.lowered = facts["history"], facts["lowered"]
+        self.best = Choice(**facts["best"] | {"gain": Gain(**facts["best"]["gain"])})
+        self.best_weights = weights.get("best", self.start)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts, and which rows watch it.
+
+    `whole` is the ridge regression of all training rows, `fitted` (n,) bool the rows that train, `inner` their ridge
+    regression, `parts` (n,) int their parts (others: -1) and `others` the regression without each of those; both None
+    where there are too few groups for parts. `validation` (v,) int64 are the rows that watch.
+    """
+
+    whole: Ridge
+    fitted: np.ndarray
+    validation: np.ndarray
+    inner: Ridge
+    parts: np.ndarray | None
+    others: CrossFit | None
 
 
 def train(
     kind: str,
-    start: Ridge,
+    start: Start,
     pooled: np.ndarray,
     inputs: Inputs,
     tower: nn.Sequential,
     targets: np.ndarray,
-    rows: np.ndarray,
-    watched: np.ndarray,
+    groups: np.ndarray,
     settings: ModelAParams,
     rates: Rates,
     seed: Sequence[int],
     device: str,
     resume: Path,
-    prompts: np.ndarray | None = None,
-) -> tuple[nn.Module, pd.DataFrame]:
-    """Train one model in two phases: the head alone on the pooled features, then tower and head together (LP-FT).
+    stands_for: np.ndarray | None = None,
+) -> tuple[LinearHead | PaperHead, pd.DataFrame, Choice]:
+    """Train tower and head from the ridge regression of the rows that are not for validation, as far as those choose.
+
+    Then the start gets the validation rows back: what training changed is added to the regression of all training
+    rows. So where nothing better was found the model is the ridge regression of all of them on the untouched tower.
+
+    What keeps the head near its start is a pull towards it (L2-SP, arXiv 1802.01483) as strong as the ridge
+    regression's own penalty times `settings.pull`. Each row trains against the regression without its part: its
+    error is then what it would be on a new image, not what is left after a fit to this very row.
 
     Args:
         kind: a key of HEADS.
-        start: the ridge regression that the head starts as, fitted on the training rows.
+        start: see Start.
         pooled: (n, d) float32, V(x) of the untouched tower.
         inputs: of `tower`, by row.
-        tower: the layers that train, changed in place; if it has none, the second phase continues with the head.
-        targets, rows, watched: as in `fit`.
+        tower: the layers that train, changed in place; if it has none, the head alone trains.
+        targets: as in `fit`.
+        groups: (n,) int, equal for similar prompts.
         settings: what both heads share.
         rates: this head's epochs and learning rates.
         seed: of initial weights, order and dropout.
         device: a torch device.
         resume: folder of the files that a killed run resumes from.
-        prompts: as in `AnyImage`; None: each row's own image.
+        stands_for: (n,) int64, as in `AnyImage`; None: each row's own image.
 
     Returns:
-        The trained head, and the history: `phase`, `epoch`, `loss`, `score` (before `wise` mixes in original weights).
+        The trained head, the history (`epoch`, `loss`, `score`), and the choice.
     """
     # Each head has its own order of rows: their errors differ, so that their mean errs less than one.
     seed = (*seed, list(HEADS).index(kind))
-    torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
-    head = HEADS[kind](start, settings.dropout, settings.hidden)
-    model = nn.ModuleDict({"tower": tower, "head": head})
-    original = {name: value.clone() for name, value in model.state_dict().items()}
-    history = []
-    for phase, layers, source, epochs in (
-        ("head", nn.Sequential(), Stored(pooled), rates.head_epochs),
-        ("tower", tower, inputs, rates.tower_epochs),
-    ):
-        schedule = Schedule(
-            epochs=epochs,
-            lr_tower=rates.lr_tower,
-            lr_head=rates.lr_head,
-            layer_decay=settings.layer_decay,
-            mse=settings.mse,
-            ema=settings.ema,
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
-            weight_decay=settings.weight_decay,
-            warmup=settings.warmup,
-            clip_grad=settings.clip_grad,
-            seed=(*seed, 1 + (phase == "tower")),
-        )
-        if prompts is not None:
-            source = AnyImage(source, prompts, schedule.seed)
-        file = resume / f"{kind}-{phase}.safetensors"
-        log = fit(layers, head, source, targets, rows, schedule, device, file, watched, f"{kind}, {phase}")
-        history += [{"phase": phase, **entry} for entry in log]
-    if settings.wise < 1:
-        interpolate(model, original, settings.wise)
-    return head, pd.DataFrame(history)
+    rows, watch = np.flatnonzero(start.fitted), start.validation
+    heads = {}
+    for name, regression, others in (("whole", start.whole, None), ("inner", start.inner, start.others)):
+        torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
+        heads[name] = HEADS[kind](regression, settings.dropout, settings.hidden, others)
+    original, whole_head = copy.deepcopy(nn.ModuleDict({"tower": tower, "head": heads["inner"]})), heads["whole"]
+    steps_per_epoch = math.ceil(len(rows) / (settings.batch_size * settings.accumulate))
+    schedule = Schedule(
+        epochs=max(rates.epochs, math.ceil(settings.steps / steps_per_epoch)),
+        lr_tower=rates.lr_tower,
+        lr_head=rates.lr_head,
+        layer_decay=settings.layer_decay,
+        mse=settings.mse,
+        pull=settings.pull * start.inner.strength / len(rows) / _size(start.inner, pooled[rows]),
+        ema=settings.ema,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+        clip_grad=settings.clip_grad,
+        seed=(*seed, 1),
+    )
+    validation = Validation(
+        inputs, watch, targets[0, watch], groups[watch], _floor(targets[0], rows, watch), settings.batch_size, device
+    )
+    draw = None if stands_for is None else AnyImage(stands_for, schedule.seed)
+    history, choice = fit(
+        tower, heads["inner"], inputs, targets, rows, schedule, device, resume / f"{kind}.safetensors", validation,
+        kind, start.parts, draw,
+    )  # fmt: skip
+    trained = nn.ModuleDict({"tower": tower, "head": heads["inner"]}).to("cpu")
+    whole_model = nn.ModuleDict({"tower": original["tower"], "head": whole_head})
+    give_back(trained, original.state_dict(), whole_model.state_dict())
+    return trained["head"], pd.DataFrame(history, columns=["epoch", "loss", "score"]), choice
 
 
-@torch.no_grad()
-def predict(
-    tower: nn.Module, head: nn.Module, views: Sequence[Inputs], rows: np.ndarray, batch_size: int, device: str
-) -> np.ndarray:
-    """Predict `rows`: (m, t) float32 of norm 1, the mean of the views' predictions, each scaled to norm 1."""
-    tower, head = tower.to(device).eval(), head.to(device).eval()
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    parts = []
-    for inputs in zip(*(view.batches(batches, None) for view in views), strict=True):
-        found = [functional.normalize(head(tower(x.to(device))).float()) for x in inputs]
-        parts.append(functional.normalize(sum(found)).cpu().numpy() if len(found) > 1 else found[0].cpu().numpy())
-    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+def give_back(trained: nn.Module, start: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+    """In place, add what training changed since `start` to the weights `whole`, which are of more rows."""
+    for name, value in trained.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(whole[name] + (value - start[name]))
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    average: ModelEmaV3 | None,
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    history: list,
-) -> None:
-    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    if average:
-        tensors |= {f"average.{name}": value.contiguous() for name, value in average.module.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
-    with whole(path) as aside:
-        save_file(tensors, aside, {"history": json.dumps(history), "scaler": json.dumps(scaler.state_dict())})
+def _size(start: Ridge, pooled: np.ndarray) -> float:
+    """The mean norm of the regression's predictions: the cosine's gradient is the squared error's, divided by it."""
+    x = (torch.from_numpy(pooled) - start.mean) / start.std
+    return float((x @ start.weight.T + start.bias).norm(dim=1).mean())
 
 
-def _load(
-    path: Path,
-    model: nn.Module,
-    average: ModelEmaV3 | None,
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> list:
-    weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
-    state: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = file.get_tensor(name)
-            else:
-                weights[kind][rest] = file.get_tensor(name)
-        metadata = file.metadata()
-    model.load_state_dict(weights["model"])
-    if average:
-        average.module.load_state_dict(weights["average"])
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    scaler.load_state_dict(json.loads(metadata["scaler"]))
-    return json.loads(metadata["history"])
+def _floor(targets: np.ndarray, rows: np.ndarray, watch: np.ndarray) -> float:
+    mean = targets[rows].mean(0)
+    return float((targets[watch] @ mean).mean() / np.linalg.norm(mean)) if len(watch) else 0.0

@@ -78,19 +78,22 @@ def make_folds(
     max_threshold: float,
     seed: int,
     given: np.ndarray | None = None,
+    scored: np.ndarray | None = None,
 ) -> Folds:
     """Rows with a cosine of at least `threshold`, directly or through others, share a fold.
 
-    Such groups can grow into a giant one. Then the threshold rises by 0.01 until the largest group is no
-    larger than a fold (n / len(ids)), but never above `max_threshold`: a giant group that is left there makes
-    its fold larger. Groups go to folds the largest first, each to the smallest fold so far; `seed` orders
-    groups of one size. (scikit-learn's GroupKFold balances either sizes or, shuffled, numbers of groups.)
+    Folds are balanced by their scored rows, and where these are level by all rows. Groups can grow into a giant one.
+    Then the threshold rises by 0.01 until the largest group has no more scored rows than a fold should have, but never
+    above `max_threshold`: a giant group that is left there makes its fold larger. Groups go to folds the largest
+    first, each to the smallest fold so far; `seed` orders groups of one size. (scikit-learn's GroupKFold balances
+    either sizes or, shuffled, numbers of groups.)
 
     `embeddings`: (n, d) float32 at norm 1. `ids`: the folds' names, distinct. `given`: (n,) float64, the folds that
     rows came with, nan for those without; they are kept, even where they part a group, and the rest of such a group
-    joins the fold that most of its given rows are in (of equals the first of `ids`).
-    Raises ValueError for a given fold that is not among `ids`, an id that gets no rows, rows that `check_rows`
-    refuses, fewer than two ids or equal ones, a threshold of 0 or less, and fewer groups than folds.
+    joins the fold that most of its given rows are in (of equals the first of `ids`). `scored`: (n,) bool, the rows that
+    count in the scores; None: all.
+    Raises ValueError for a given fold that is not among `ids`, an id that gets no scored row, rows that `check_rows`
+    refuses, fewer than two ids or equal ones, a threshold of 0 or less, and fewer groups with scored rows than folds.
     """
     check_rows(embeddings)
     if len(set(ids)) < max(2, len(ids)):
@@ -101,36 +104,42 @@ def make_folds(
     n = len(embeddings)
     forest = similarity_forest(embeddings, threshold)
     group = components(n, forest, threshold)
-    while np.bincount(group).max() > n / len(ids) and threshold < max_threshold:
+    scored = np.ones(n, dtype=bool) if scored is None else scored
+    while np.bincount(group[scored]).max() > scored.sum() / len(ids) and threshold < max_threshold:
         threshold = min(round(threshold + STEP, 6), max_threshold)
         group = components(n, forest, threshold)
 
-    sizes = np.bincount(group)
+    # Of each group the rows that are scored, and all.
+    sizes = np.stack([np.bincount(group[scored], minlength=group.max() + 1), np.bincount(group)], axis=1)
     given = np.full(n, np.nan) if given is None else given
     fixed = ~np.isnan(given)
-    if len(sizes) < len(ids) and not fixed.all():
+    count = (sizes[:, 0] > 0).sum()
+    if count < len(ids) and not fixed.all():
         raise ValueError(
-            f"folds.ids: {len(ids)} folds, but only {len(sizes)} groups of prompts with a cosine below "
-            f"{threshold} between them: give at most {len(sizes)} ids, or raise folds.threshold"
+            f"folds.ids: {len(ids)} folds, but only {count} groups with scored prompts at a cosine below {threshold} "
+            f"between them: give at most {count} ids, or raise folds.threshold"
         )
     if strange := sorted(set(given[fixed].astype(int).tolist()) - set(ids)):
         raise ValueError(f"folds.ids: {list(ids)} lacks the folds {strange[:10]} that the data come with: add them")
     # A group's rows by the folds they came with.
     votes = np.stack([np.bincount(group[given == fold_id], minlength=len(sizes)) for fold_id in ids], axis=1)
     fold_of_group = np.asarray(ids, dtype=np.int64)[votes.argmax(axis=1)]
-    taken = votes.sum(axis=0) + np.bincount(
-        votes.argmax(axis=1), weights=np.where(votes.any(axis=1), sizes - votes.sum(axis=1), 0), minlength=len(ids)
-    ).astype(int)
-    smallest = [(int(size), place) for place, size in enumerate(taken)]
+    settled = np.where(fixed, given, np.where(votes.any(axis=1)[group], fold_of_group[group], np.nan))
+    smallest = [(int((scored & (settled == i)).sum()), int((settled == i).sum()), p) for p, i in enumerate(ids)]
     heapq.heapify(smallest)
-    for g in np.lexsort((np.random.default_rng(seed).permutation(len(sizes)), -sizes)):
+    for g in np.lexsort((np.random.default_rng(seed).permutation(len(sizes)), -sizes[:, 1], -sizes[:, 0])):
         if not votes[g].any():
-            size, place = smallest[0]
-            heapq.heapreplace(smallest, (size + int(sizes[g]), place))
+            of_scored, of_all, place = smallest[0]
+            heapq.heapreplace(smallest, (of_scored + int(sizes[g, 0]), of_all + int(sizes[g, 1]), place))
             fold_of_group[g] = ids[place]
     fold = np.where(fixed, given, fold_of_group[group]).astype(np.int64)
-    if len(set(fold.tolist())) < len(ids):
-        raise ValueError(f"folds.ids: no row is in {sorted(set(ids) - set(fold.tolist()))}: take them out")
+    if missing := sorted(set(ids) - set(fold.tolist())):
+        raise ValueError(f"folds.ids: no row is in {missing}: take them out")
+    if missing := sorted(set(ids) - set(fold[scored].tolist())):
+        raise ValueError(
+            f"folds.ids: no row that is scored is in {missing}: take them out, or raise folds.threshold, so that "
+            "groups of similar prompts are smaller"
+        )
     return Folds(fold, group, threshold, max_cosine(embeddings, embeddings, fold, fold))
 
 

@@ -35,7 +35,7 @@ def draw_scores(
         fold_scores: `fold`, then a column of mean cosines for each model.
         alpha: the best share of Model A's family out of fold.
         curve: `alpha`, `score`, the best mean cosine at that share.
-        histories: `epoch`, then a column of mean cosines for each head.
+        histories: `epoch`, then a column of mean cosines on validation rows for each head.
         thresholds: `threshold`, `kept`, `share`.
         threshold: the one that training used.
     """
@@ -51,7 +51,7 @@ def draw_scores(
         )
         mix.legend(frameon=False)
         _lines(training, histories, "epoch", {"marker": "."})
-        training.set(title="Training, mean over the held-out folds", xlabel="epoch", ylabel="mean cosine")
+        training.set(title="Training: validation rows, mean over the folds", xlabel="epoch", ylabel="mean cosine")
         training.xaxis.get_major_locator().set_params(integer=True)
         dedup.plot(thresholds.threshold, thresholds["share"], marker=".", color="#555555")
         dedup.axvline(threshold, color="black", linewidth=0.8, linestyle=":", label=f"in use: {threshold}")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.storage import numbered
-from img2prompt.ensemble.members import name_of
+from img2prompt.ensemble.members import kind_of, name_of
 from img2prompt.prompts.folds import components, similarity_forest
 
 
@@ -67,7 +67,10 @@ def by_fold(scores: Mapping[str, Mapping[str, float]], models: Sequence[str]) ->
 
 
 def mean_histories(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
-    """Scores by `epoch`, mean over the held-out folds: a column a head, of a second CLIP linear_1 and so on."""
+    """Scores of the validation rows by `epoch`, mean over the folds: a column a head, of a second CLIP linear_1, ...
+
+    Where nothing was trained, for want of validation rows, a fold is left out.
+    """
     columns = {}
     for clip in numbered(folder / f"fold_{folds[0]}"):
         for kind in ("linear", "model_a"):
@@ -77,6 +80,44 @@ def mean_histories(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
     table = pd.DataFrame(columns)
     table.insert(0, "epoch", table.index + 1)
     return table
+
+
+def choices_table(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
+    """What validation rows chose: `fold`, `head` (of a second CLIP linear_1, ...), and the columns of choices.csv."""
+    parts = []
+    for held_out in folds:
+        for clip in numbered(folder / f"fold_{held_out}"):
+            part = pd.read_csv(folder / f"fold_{held_out}" / clip.name / "choices.csv")
+            part["head"] = [name_of(kind, int(clip.name)) for kind in part["head"]]
+            part.insert(0, "fold", held_out)
+            parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def over_start(cosines: pd.DataFrame, choices: pd.DataFrame) -> str:
+    """A line of text for each trained head: its scores minus those of the ridge regression that it starts from.
+
+    cosines: as in `scores_table`. choices: of `choices_table`. Intervals are of the paired differences. A head that
+    ends below its start, beyond doubt, is named in so many words.
+    """
+    lines = []
+    for head, chosen in choices.groupby("head", sort=False):
+        clip = kind_of(str(head))[1]
+        parts, below = [], False
+        for split, place in (("train", "out of fold"), ("test", "on test")):
+            rows = cosines[cosines.scored & (cosines.split == split)]
+            if len(rows):
+                gain = rows[head] - rows[name_of("ridge", clip)]
+                low, high = bootstrap_interval(gain, rows.group)
+                parts.append(f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}] {place}")
+                below |= split == "train" and high < 0
+        shares = ", ".join(f"{share:.1f}" for share in chosen["share"])
+        lines.append(
+            f"{head} minus its start, {name_of('ridge', clip)}: {', '.join(parts)}; by fold, the validation rows went "
+            f"{shares} of the way"
+            + ("; it ENDS BELOW ITS START: take it out of ensemble.members, or lower its rates" if below else "")
+        )
+    return "\n".join(lines) + "\n"
 
 
 def scores_table(cosines: pd.DataFrame, models: Sequence[str]) -> str:

@@ -1,0 +1,26 @@
+"""Prediction with a tower's last layers and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from img2prompt.model_a.inputs import Inputs
+
+
+@torch.no_grad()
+def predict(
+    tower: nn.Module, head: nn.Module, views: Sequence[Inputs], rows: np.ndarray, batch_size: int, device: str
+) -> np.ndarray:
+    """Predict `rows`: (m, t) float32 of norm 1, the mean of the views' predictions, each scaled to norm 1."""
+    tower, head = tower.to(device).eval(), head.to(device).eval()
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    parts = []
+    for inputs in zip(*(view.batches(batches, None) for view in views), strict=True):
+        found = [functional.normalize(head(tower(x.to(device))).float()) for x in inputs]
+        parts.append(functional.normalize(sum(found)).cpu().numpy() if len(found) > 1 else found[0].cpu().numpy())
+    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
