@@ -275,7 +275,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, killed_in, monkeypatch
     """Killed after each epoch that is written, also after some that a lower rate then trains again."""
     plan = schedule(ema=0.3, mse=0.01, layer_decay=0.5, lr_head=0.3, warmup=0.5, pull=0.01)
     how = dict(dropout=0.2, targets=np.stack([TARGETS, TARGETS]), hidden=8, last=False, at=well_started)
-    how |= dict(watch=validation(floor=0.97), parts=PARTS, draw=AnyImage(np.arange(120) % 100, (0,)))
+    how |= dict(watch=validation(floor=0.95), parts=PARTS, draw=AnyImage(np.arange(120) % 100, (0,)))
     saved, written = training._Run.save, []
 
     def save_and_die(run, path):
@@ -460,7 +460,7 @@ def test_the_point_kept_is_the_best_on_the_validation_rows(tmp_path, monkeypatch
 
 def test_a_rate_that_does_harm_is_found_out_early_and_lowered(tmp_path):
     tower, head = well_started()
-    plan, watch = schedule(epochs=20, lr_tower=1e-5, lr_head=1.0), validation(floor=0.97)
+    plan, watch = schedule(epochs=20, lr_tower=1e-5, lr_head=1.0), validation(floor=0.95)
     args = (Stored(FEATURES), TARGETS[None], ROWS)
     history, choice = fit(tower, head, *args, plan, "cpu", tmp_path / "a", watch, "test")
     assert choice.lowered_head >= 1
@@ -582,12 +582,12 @@ def test_the_error_of_a_gain_is_over_groups():
     assert alone.sure == pytest.approx(alone.mean - alone.error)
 
 
-def test_harm_is_half_of_what_the_start_is_worth_and_beyond_doubt():
+def test_harm_is_to_be_worse_than_a_constant_and_beyond_doubt():
     watch = validation(floor=0.4, groups=np.arange(20))
     before = np.full(20, 0.5)
-    assert watch.harmful(before, before - 0.06)
-    assert not watch.harmful(before, before - 0.04)
-    assert not watch.harmful(before, before - 0.06 - np.tile([-0.5, 0.5], 10))
+    assert watch.harmful(before, before - 0.11)
+    assert not watch.harmful(before, before - 0.09)
+    assert not watch.harmful(before, before - 0.11 - np.tile([-0.5, 0.5], 10))
 
 
 def test_an_epoch_takes_any_image_that_stands_in_for_a_row():

@@ -42,7 +42,7 @@ GRIDS: dict[str, list[object]] = {
     "ema": [0.0, 0.15, 0.4],
     "pull": [0.0, 0.3, 1.0, 3.0],
     "cross_fit": [0, 5],
-    "validation": [128, 256, 512],
+    "validation": [64, 128, 256],
     "any_image": [False, True],
     "dropout": [0.0, 0.2, 0.4],
     "weight_decay": [0.01, 0.1, 1.0],

@@ -310,7 +310,7 @@ class _Run:
         """Go on from what `save` wrote."""
         weights: dict[str, dict[str, Tensor]] = {}
         state: dict[int, dict[str, Tensor]] = {}
-        with safe_open(path, "pt", device=self.device) as file:
+        with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 kind, _, rest = name.partition(".")
                 if kind == "optimiser":

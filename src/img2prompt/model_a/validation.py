@@ -99,9 +99,9 @@ class Validation:
         return np.einsum("ij,ij->i", found, self.targets, dtype=np.float64)
 
     def harmful(self, before: np.ndarray, after: np.ndarray) -> bool:
-        """Whether training has lost, beyond doubt, half of what the start is better than a constant."""
+        """Whether training has, beyond doubt, lost all that the start was better than a constant."""
         lost = Gain.of(before - after, self.groups)
-        return lost.mean > 2 * lost.error and lost.mean > (before.mean() - self.floor) / 2
+        return lost.mean > 2 * lost.error and after.mean() < self.floor
 
 
 def blend(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
