@@ -57,8 +57,8 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
         gain = scores[choice["head"]] - scores["ridge"]
         print(
             f"{name}, {choice['head']}: {scores[choice['head']]:.4f}, {gain:+.4f} over its start"
-            f"{', so BELOW it' if choice['share'] and gain < 0 else ''}; validation went {choice['share']:.1f} of the way to epoch "
-            f"{choice['epoch']}, for {choice['gain']:+.4f} (standard error {choice['error']:.4f})"
+            f"{', so BELOW it' if choice['share'] and gain < 0 else ''}; validation went {choice['share']:.1f} of the way "
+            f"to epoch {choice['epoch']}, for {choice['gain']:+.4f} (standard error {choice['error']:.4f})"
         )
 
 
