@@ -55,10 +55,11 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
         scores[kind] = float(cosine(predictions[scored], targets).mean()) if scored.any() else float("nan")
     for choice in choices:
         gain = scores[choice["head"]] - scores["ridge"]
+        below = ", so BELOW it" if choice["share"] and gain < 0 else ""
         print(
-            f"{name}, {choice['head']}: {scores[choice['head']]:.4f}, {gain:+.4f} over its start"
-            f"{', so BELOW it' if choice['share'] and gain < 0 else ''}; validation went {choice['share']:.1f} of the way "
-            f"to epoch {choice['epoch']}, for {choice['gain']:+.4f} (standard error {choice['error']:.4f})"
+            f"{name}, {choice['head']}: {scores[choice['head']]:.4f}, {gain:+.4f} over its start{below}; validation went "
+            f"{choice['share']:.1f} of the way to epoch {choice['epoch']}, for {choice['gain']:+.4f} (standard error "
+            f"{choice['error']:.4f})"
         )
 
 
