@@ -57,8 +57,8 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
         gain = scores[choice["head"]] - scores["ridge"]
         below = ", so BELOW it" if choice["share"] and gain < 0 else ""
         print(
-            f"{name}, {choice['head']}: {scores[choice['head']]:.4f}, {gain:+.4f} over its start{below}; validation went "
-            f"{choice['share']:.1f} of the way to epoch {choice['epoch']}, for {choice['gain']:+.4f} (standard error "
+            f"{name}, {choice['head']}: {scores[choice['head']]:.4f}, {gain:+.4f} over its start{below}; validation "
+            f"went {choice['share']:.1f} of the way to epoch {choice['epoch']}, for {choice['gain']:+.4f} (error "
             f"{choice['error']:.4f})"
         )
 
