@@ -6,11 +6,9 @@ import numpy as np
 
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import whole_folder, write_json
-from img2prompt.prompts.folds import make_folds, near_folds
+from img2prompt.prompts.folds import few_scored, make_folds, near_folds
 from img2prompt.prompts.params import DedupParams, FoldsParams
 from pipelines import run
-
-FEW = 30  # rows whose mean cosine has a standard error of some 0.03: more than most ideas are worth
 
 
 def main(folds: FoldsParams, dedup: DedupParams) -> None:
@@ -35,11 +33,8 @@ def main(folds: FoldsParams, dedup: DedupParams) -> None:
     print(f"{found.group.max() + 1} groups at cosine {found.group_threshold}")
     counts = dict(zip(*map(np.ndarray.tolist, np.unique(found.fold[scored], return_counts=True)), strict=True))
     print("scored rows by fold:", ", ".join(f"{fold} has {count}" for fold, count in counts.items()))
-    if few := [fold for fold, count in counts.items() if count < FEW]:
-        print(
-            f"WARNING: folds {few} have fewer than {FEW} scored rows: their scores mean little. Give fewer folds.ids, "
-            "or raise folds.threshold, so that groups of similar prompts are smaller"
-        )
+    if warning := few_scored(found.fold[scored]):
+        print(f"WARNING: {warning}")
 
 
 if __name__ == "__main__":

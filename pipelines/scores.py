@@ -8,6 +8,7 @@ import pandas as pd
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import read_json, whole, whole_folder, write_json
 from img2prompt.ensemble.mixture import Mixture
+from img2prompt.prompts.folds import few_scored
 from img2prompt.prompts.params import DedupParams
 from img2prompt.report.facts import facts
 from img2prompt.report.figures import draw_scores
@@ -57,6 +58,8 @@ def main(dedup: DedupParams) -> None:
         cosines.to_parquet(out / "cosines.parquet", index=False)
         report = f"{scores_table(cosines, models)}\n{gain_over_best_member(cosines, weighed.member.tolist())}"
         report += over_start(cosines, choices)
+        if warning := few_scored(oof.fold[oof.scored].to_numpy()):
+            report += f"\n{warning}\n"
         if len(targets) < len(rows):
             report += f"\non test, {len(targets)} of {len(rows)} prompts are known: the scores are of these\n"
         (out / "scores.md").write_text(report, encoding="utf-8")

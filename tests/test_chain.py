@@ -559,7 +559,9 @@ def test_the_filter_s_threshold_leaves_the_folds_as_they_are(copy):
 
 def test_folds_with_hardly_any_scored_row_are_said(copy, capsys):
     chain(["folds"])
-    assert "WARNING: folds [3, 7] have fewer than 30 scored rows" in capsys.readouterr().out
+    said = "folds [3, 7] have fewer than 30 scored rows"
+    assert f"WARNING: {said}" in capsys.readouterr().out
+    assert said in Path("outputs/scores/scores.md").read_text()
 
 
 def test_what_validation_chose_is_shown(copy):

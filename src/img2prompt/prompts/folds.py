@@ -12,6 +12,7 @@ from img2prompt.core.progress import progress
 from img2prompt.prompts.dedup import BLOCK, TILE, FastCosines, check_rows, exact_cosines, max_cosine
 
 STEP = 0.01  # by which the threshold rises: a coarse step stays the same after small changes of the data
+FEW = 30  # rows whose mean cosine has a standard error of some 0.03: more than most ideas are worth
 PENDING = 1_000_000  # edges held beside the forest: about 100 MB while they are reduced
 
 
@@ -141,6 +142,17 @@ def make_folds(
             "groups of similar prompts are smaller"
         )
     return Folds(fold, group, threshold, max_cosine(embeddings, embeddings, fold, fold))
+
+
+def few_scored(fold: np.ndarray) -> str:
+    """What to say of folds with too few scored rows to mean anything, "" if none has; fold (s,): of the scored rows."""
+    few = [held_out for held_out, count in zip(*np.unique(fold, return_counts=True), strict=True) if count < FEW]
+    if not few:
+        return ""
+    return (
+        f"folds {[int(held_out) for held_out in few]} have fewer than {FEW} scored rows: their scores mean little. "
+        "Give fewer folds.ids, or raise folds.threshold, so that groups of similar prompts are smaller"
+    )
 
 
 def near_folds(
