@@ -533,13 +533,7 @@ def test_a_row_trains_against_the_regression_without_its_part(kind):
     for part in range(4):
         alone = dataclasses.replace(REGRESSION, weight=others.weight[part], bias=others.bias[part])
         assert torch.allclose(head(x, parts)[parts == part], kind(alone, 0.0, 0)(x)[parts == part], atol=1e-5)
-    # What is learned on top is the same for all, and no file has the parts.
-    with torch.no_grad():
-        (head if kind is LinearHead else head.fc1).fc.bias += 1.0
-    if kind is LinearHead:
-        assert torch.allclose(head(x, parts)[parts == 0], 1 + x[parts == 0] @ torch.zeros(12, 6) + LinearHead(
-            dataclasses.replace(REGRESSION, weight=others.weight[0], bias=others.bias[0]), 0.0, 0
-        )(x)[parts == 0], atol=1e-5)  # fmt: skip
+    # No file has the parts.
     assert head.state_dict().keys() == kind(REGRESSION, 0.0, 0).state_dict().keys()
 
 

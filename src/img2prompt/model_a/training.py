@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -395,7 +394,8 @@ def train(
     for name, regression, others in (("whole", start.whole, None), ("inner", start.inner, start.others)):
         torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
         heads[name] = HEADS[kind](regression, settings.dropout, settings.hidden, others)
-    original, whole_head = copy.deepcopy(nn.ModuleDict({"tower": tower, "head": heads["inner"]})), heads["whole"]
+    head = heads["inner"]
+    before = {name: value.clone() for name, value in head.state_dict().items()}
     steps_per_epoch = math.ceil(len(rows) / (settings.batch_size * settings.accumulate))
     schedule = Schedule(
         epochs=max(rates.epochs, math.ceil(settings.steps / steps_per_epoch)),
@@ -417,18 +417,17 @@ def train(
     )
     draw = None if stands_for is None else AnyImage(stands_for, schedule.seed)
     history, choice = fit(
-        tower, heads["inner"], inputs, targets, rows, schedule, device, resume / f"{kind}.safetensors", validation,
+        tower, head, inputs, targets, rows, schedule, device, resume / f"{kind}.safetensors", validation,
         kind, start.parts, draw,
     )  # fmt: skip
-    trained = nn.ModuleDict({"tower": tower, "head": heads["inner"]}).to("cpu")
-    whole_model = nn.ModuleDict({"tower": original["tower"], "head": whole_head})
-    give_back(trained, original.state_dict(), whole_model.state_dict())
-    return trained["head"], pd.DataFrame(history, columns=["epoch", "loss", "score"]), choice
+    tower.to("cpu")
+    give_back(head.to("cpu"), before, heads["whole"].state_dict())
+    return head, pd.DataFrame(history, columns=["epoch", "loss", "score"]), choice
 
 
-def give_back(trained: nn.Module, start: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+def give_back(head: nn.Module, start: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
     """In place, add what training changed since `start` to the weights `whole`, which are of more rows."""
-    for name, value in trained.state_dict().items():
+    for name, value in head.state_dict().items():
         if value.is_floating_point():
             value.copy_(whole[name] + (value - start[name]))
 
