@@ -582,6 +582,7 @@ def test_harm_is_to_be_worse_than_a_constant_and_beyond_doubt():
     assert watch.harmful(before, before - 0.11)
     assert not watch.harmful(before, before - 0.09)
     assert not watch.harmful(before, before - 0.11 - np.tile([-0.5, 0.5], 10))
+    assert watch.harmful(before, np.where(np.arange(20) == 3, np.nan, before))  # weights that ran away
 
 
 def test_an_epoch_takes_any_image_that_stands_in_for_a_row():

@@ -99,7 +99,9 @@ class Validation:
         return np.einsum("ij,ij->i", found, self.targets, dtype=np.float64)
 
     def harmful(self, before: np.ndarray, after: np.ndarray) -> bool:
-        """Whether training has, beyond doubt, lost all that the start was better than a constant."""
+        """Whether training has, beyond doubt, lost all that the start was better than a constant, or any number at all."""
+        if not np.isfinite(after).all():
+            return True
         lost = Gain.of(before - after, self.groups)
         return lost.mean > 2 * lost.error and after.mean() < self.floor
 
