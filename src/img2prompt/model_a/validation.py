@@ -99,8 +99,8 @@ class Validation:
         return np.einsum("ij,ij->i", found, self.targets, dtype=np.float64)
 
     def harmful(self, before: np.ndarray, after: np.ndarray) -> bool:
-        """Whether training has, beyond doubt, lost all that the start was better than a constant, or any number at all."""
-        if not np.isfinite(after).all():
+        """Whether training has, beyond doubt, lost all that the start was better than a constant."""
+        if not np.isfinite(after).all():  # weights that ran away
             return True
         lost = Gain.of(before - after, self.groups)
         return lost.mean > 2 * lost.error and after.mean() < self.floor
