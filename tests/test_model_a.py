@@ -14,7 +14,7 @@ from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Stored
 from img2prompt.model_a.prediction import predict
-from img2prompt.model_a.ridge import Ridge, TextPrior, cross_fit, ridge
+from img2prompt.model_a.ridge import Ridge, TextPrior, refit, ridge
 from img2prompt.model_a.training import LOWER, Schedule, Start, cosine_loss, fit, give_back, parameter_groups, train
 from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, validation_rows
 
@@ -38,7 +38,9 @@ REGRESSION = ridge(torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[RO
 
 
 PARTS = np.arange(120) % 3
-OTHERS = cross_fit(REGRESSION, torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS]), PARTS[ROWS])
+OTHERS = refit(
+    REGRESSION, torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS]), [PARTS[ROWS] == p for p in range(3)]
+)
 
 
 def start(kind=PaperHead, dropout=0.0, hidden=0):
@@ -402,7 +404,8 @@ INNER = ridge(torch.from_numpy(FEATURES[:80]), torch.from_numpy(TARGETS[:80]))
 
 def begin(parts=4):
     fitted, of_part = np.arange(120) < 80, np.where(np.arange(120) < 80, GROUPS % parts, -1)
-    others = cross_fit(INNER, torch.from_numpy(FEATURES[:80]), torch.from_numpy(TARGETS[:80]), of_part[:80])
+    data = torch.from_numpy(FEATURES[:80]), torch.from_numpy(TARGETS[:80])
+    others = refit(INNER, *data, [of_part[:80] == part for part in range(parts)])
     return Start(REGRESSION, fitted, np.arange(80, 100), INNER, of_part, others)
 
 
@@ -506,33 +509,31 @@ def test_what_was_learned_is_added_to_the_regression_of_all_rows():
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:9]])  # more rows than features, and fewer
-def test_cross_fit_is_the_regression_of_the_other_parts(rows):
+def test_a_refit_is_the_regression_of_the_other_rows(rows):
     from sklearn.linear_model import Ridge as Reference
 
     x, y = torch.from_numpy(FEATURES[rows]), torch.from_numpy(TARGETS[rows])
     for prior in (None, torch.randn(6, 12, generator=torch.Generator().manual_seed(0))):
         found = dataclasses.replace(ridge(x, y), prior=prior)
         parts = np.arange(len(rows)) % 3
-        others = cross_fit(found, x, y, parts)
-        assert others.weight.shape == (3, 6, 12)
+        others = refit(found, x, y, [parts == part for part in range(3)])
         standard = ((x - found.mean) / found.std).double().numpy()
         shift = np.zeros((6, 12)) if prior is None else prior.double().numpy()
         for part in range(3):
             kept = parts != part
             reference = Reference(alpha=found.strength).fit(standard[kept], y.numpy()[kept] - standard[kept] @ shift.T)
-            assert np.allclose(others.weight[part], reference.coef_ + shift, atol=1e-5)
-            assert np.allclose(others.bias[part], reference.intercept_, atol=1e-5)
+            assert np.allclose(others[part].weight, reference.coef_ + shift, atol=1e-5)
+            assert np.allclose(others[part].bias, reference.intercept_, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [LinearHead, PaperHead])
 def test_a_row_trains_against_the_regression_without_its_part(kind):
     x, y = torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS])
     parts = torch.arange(100) % 4
-    others = cross_fit(REGRESSION, x, y, parts.numpy())
+    others = refit(REGRESSION, x, y, [parts.numpy() == part for part in range(4)])
     head = kind(REGRESSION, 0.0, 0, others)
     for part in range(4):
-        alone = dataclasses.replace(REGRESSION, weight=others.weight[part], bias=others.bias[part])
-        assert torch.allclose(head(x, parts)[parts == part], kind(alone, 0.0, 0)(x)[parts == part], atol=1e-5)
+        assert torch.allclose(head(x, parts)[parts == part], kind(others[part], 0.0, 0)(x)[parts == part], atol=1e-5)
     # No file has the parts.
     assert head.state_dict().keys() == kind(REGRESSION, 0.0, 0).state_dict().keys()
 

@@ -20,7 +20,7 @@ from img2prompt.clip.towers import projection, tower, unfrozen
 from img2prompt.core.rows import read_rows
 from img2prompt.model_a.inputs import Augmented, Drawn, Inputs, Stored
 from img2prompt.model_a.params import Augmentation, ModelAParams, Rates
-from img2prompt.model_a.ridge import Ridge, TextPrior, cross_fit, ridge
+from img2prompt.model_a.ridge import TextPrior, refit, ridge
 from img2prompt.model_a.training import Start, train
 from img2prompt.model_a.validation import Choice, validation_rows
 
@@ -144,16 +144,19 @@ class Fold:
         """
         training, groups = self.training_rows, self.rows.group
         watch = validation_rows(training, groups[training], settings.validation, (settings.seed, *self.unseen))
-        whole = self._ridge(training, settings.pretrain)
         fitted = training[~watch]
-        inner = self._ridge(fitted, settings.pretrain) if watch.any() else whole
-        count, parts, others = min(settings.cross_fit, len(np.unique(groups[fitted]))), None, None
-        if count > 1 and watch.any():
+        without, parts = [watch], None
+        count = min(settings.cross_fit, len(np.unique(groups[fitted]))) if watch.any() else 0
+        if count > 1:
             parts = np.full(len(groups), -1)
-            splits = GroupKFold(count).split(fitted, groups=groups[fitted])
-            for part, (_, members) in enumerate(splits):
+            for part, (_, members) in enumerate(GroupKFold(count).split(fitted, groups=groups[fitted])):
                 parts[fitted[members]] = part
-            others = cross_fit(inner, *self._tensors(fitted), parts[fitted])
+                without.append(watch | (parts[training] == part))
+        prior = self.features.text_prior(self.rows, training, self.unseen) if settings.pretrain else None
+        data = torch.from_numpy(self.features.pooled[training]), torch.from_numpy(self.rows.targets[0, training])
+        whole = ridge(*data, groups[training], prior)
+        # Standardisation, strength and prior know the validation rows, so these think a little too well of the start.
+        inner, *others = refit(whole, *data, without)
         mask = np.zeros(len(groups), dtype=bool)
         mask[fitted] = True
         return Start(whole, mask, training[watch], inner, parts, others)
@@ -188,10 +191,3 @@ class Fold:
             resume, stands_for,
         )  # fmt: skip
         return nn.ModuleDict({"tower": last, "head": head}), history, choice
-
-    def _ridge(self, training: np.ndarray, pretrain: bool) -> Ridge:
-        prior = self.features.text_prior(self.rows, training, self.unseen) if pretrain else None
-        return ridge(*self._tensors(training), self.rows.group[training], prior)
-
-    def _tensors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(self.features.pooled[rows]), torch.from_numpy(self.rows.targets[0, rows])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from img2prompt.model_a.ridge import CrossFit, Ridge
+from img2prompt.model_a.ridge import Ridge
 
 
 class Wide(nn.Module):
@@ -42,10 +43,10 @@ class LinearHead(nn.Module):
         start: the ridge regression from pooled features to targets.
         dropout: probability that a standardised feature is dropped.
         hidden: width of the hidden layer of a `Wide` branch; 0: no branch.
-        others: the regression without each part of the rows; None where no part is ever named.
+        others: the regression without each part of the rows, standardised alike; none where no part is ever named.
     """
 
-    def __init__(self, start: Ridge, dropout: float, hidden: int, others: CrossFit | None = None) -> None:
+    def __init__(self, start: Ridge, dropout: float, hidden: int, others: Sequence[Ridge] = ()) -> None:
         super().__init__()
         self.register_buffer("mean", start.mean.clone())
         self.register_buffer("std", start.std.clone())
@@ -57,8 +58,10 @@ class LinearHead(nn.Module):
         self.wide = Wide(features, hidden, outputs) if hidden else None
         # Of use in training only, so in no file.
         self.register_buffer("start", start.weight.clone(), persistent=False)
-        self.register_buffer("others", None if others is None else others.weight - start.weight, persistent=False)
-        self.register_buffer("levels", None if others is None else others.bias - start.bias, persistent=False)
+        weights = torch.stack([other.weight - start.weight for other in others]) if others else None
+        biases = torch.stack([other.bias - start.bias for other in others]) if others else None
+        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("biases", biases, persistent=False)
 
     def forward(self, features: Tensor, parts: Tensor | None = None) -> Tensor:
         """V (n, d) -> (n, t), not normalised; with parts (n,) int64 a row starts from the regression without its part.
@@ -70,7 +73,7 @@ class LinearHead(nn.Module):
         if parts is not None:
             for part in parts.unique().tolist():
                 rows = (parts == part).nonzero().squeeze(1)
-                found = found.index_add(0, rows, functional.linear(x[rows], self.others[part], self.levels[part]))
+                found = found.index_add(0, rows, functional.linear(x[rows], self.weights[part], self.biases[part]))
         return found
 
     def moved(self) -> Tensor:
@@ -88,7 +91,7 @@ class PaperHead(nn.Module):
     Args: as LinearHead, which is FC1.
     """
 
-    def __init__(self, start: Ridge, dropout: float, hidden: int, others: CrossFit | None = None) -> None:
+    def __init__(self, start: Ridge, dropout: float, hidden: int, others: Sequence[Ridge] = ()) -> None:
         super().__init__()
         width = len(start.bias)
         self.fc1, self.norm1 = LinearHead(start, dropout, hidden, others), nn.LayerNorm(width, eps=1e-8)

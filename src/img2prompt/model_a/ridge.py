@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -30,17 +30,6 @@ class Ridge:
     share: float
     score: float
     prior: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class CrossFit:
-    """A ridge regression fitted anew without each of p parts of its rows, in place of all of them at once.
-
-    `weight` (p, t, d) and `bias` (p, t), float32, are for the features as the whole regression standardises them.
-    """
-
-    weight: Tensor
-    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -177,33 +166,33 @@ def ridge(features: Tensor, targets: Tensor, groups: np.ndarray | None = None, p
     return Ridge(centre, std, weight.float(), mean.float(), strength, share, score, towards)
 
 
-def cross_fit(found: Ridge, features: Tensor, targets: Tensor, parts: np.ndarray) -> CrossFit:
-    """Fit a ridge regression again without each part of its rows, at the same strength and with the same prior.
+def refit(found: Ridge, features: Tensor, targets: Tensor, left_out: Sequence[np.ndarray]) -> list[Ridge]:
+    """Fit a ridge regression again without some of its rows: with the same standardisation, strength and prior.
 
     Args:
         found: what `ridge` made of the features (n, d) and the targets (n, t), float32.
-        parts: (n,) int, from 0: the part of each row.
+        left_out: for each fit the rows that it is without, a mask (n,) that spares at least one.
     """
     x, t = ((features - found.mean) / found.std).double(), targets.double()
     prior = torch.zeros(t.shape[1], x.shape[1], dtype=torch.double) if found.prior is None else found.prior.double()
     rest = t - x @ prior.T
-    gram, product = (x.T @ x, x.T @ rest) if len(x) > x.shape[1] else (None, None)
-    weights, biases = [], []
-    for part in range(parts.max() + 1):
-        out = torch.from_numpy(parts == part)
+    primal = len(x) > x.shape[1]
+    gram, product = (x.T @ x, x.T @ rest) if primal else (x @ x.T, None)
+    fits = []
+    for out in map(torch.from_numpy, left_out):
         mean, level = x[~out].mean(0), rest[~out].mean(0)
-        if gram is None:
-            inside, outputs = x[~out] - mean, rest[~out] - level
-            inner = inside @ inside.T
-            inner.diagonal().add_(found.strength)
-            weight = torch.linalg.solve(inner, outputs, left=True).T @ inside
-        else:
+        if primal:
             # The Gram matrix of the other rows at mean 0 follows from that of all rows.
             count = (~out).sum()
             inner = gram - x[out].T @ x[out] - count * torch.outer(mean, mean)
             inner.diagonal().add_(found.strength)
             outputs = product - x[out].T @ rest[out] - count * torch.outer(mean, level)
             weight = torch.cholesky_solve(outputs, torch.linalg.cholesky(inner)).T
-        weights.append((weight + prior).float())
-        biases.append((level - weight @ mean).float())
-    return CrossFit(torch.stack(weights), torch.stack(biases))
+        else:
+            inner = gram[~out][:, ~out]
+            level_of = inner.mean(0)
+            inner = inner - level_of - level_of[:, None] + level_of.mean()
+            inner.diagonal().add_(found.strength)
+            weight = torch.cholesky_solve(rest[~out] - level, torch.linalg.cholesky(inner)).T @ (x[~out] - mean)
+        fits.append(replace(found, weight=(weight + prior).float(), bias=(level - weight @ mean).float()))
+    return fits

@@ -22,7 +22,7 @@ from img2prompt.core.storage import whole
 from img2prompt.model_a.heads import HEADS, LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Inputs
 from img2prompt.model_a.params import ModelAParams, Rates
-from img2prompt.model_a.ridge import CrossFit, Ridge
+from img2prompt.model_a.ridge import Ridge
 from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, blend
 
 LOWER = 0.25  # by which a rate is lowered that does harm
@@ -333,7 +333,7 @@ class Start:
     """Where training starts, and which rows watch it.
 
     `whole` is the ridge regression of all training rows, `fitted` (n,) bool the rows that train, `inner` their ridge
-    regression, `parts` (n,) int their parts (others: -1) and `others` the regression without each of those; both None
+    regression, `parts` (n,) int their parts (others: -1) and `others` the regression without each; None and none
     where there are too few groups for parts. `validation` (v,) int64 are the rows that watch.
     """
 
@@ -342,7 +342,7 @@ class Start:
     validation: np.ndarray
     inner: Ridge
     parts: np.ndarray | None
-    others: CrossFit | None
+    others: Sequence[Ridge]
 
 
 def train(
@@ -391,7 +391,7 @@ def train(
     seed = (*seed, list(HEADS).index(kind))
     rows, watch = np.flatnonzero(start.fitted), start.validation
     heads = {}
-    for name, regression, others in (("whole", start.whole, None), ("inner", start.inner, start.others)):
+    for name, regression, others in (("whole", start.whole, ()), ("inner", start.inner, start.others)):
         torch.manual_seed(int(np.random.SeedSequence([*seed, 0]).generate_state(1)[0]))
         heads[name] = HEADS[kind](regression, settings.dropout, settings.hidden, others)
     head = heads["inner"]
