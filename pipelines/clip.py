@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from img2prompt.clip.model import materialise
-from img2prompt.clip.params import ClipParams
+from img2prompt.clip.model import fetched_folder, materialise
+from img2prompt.clip.params import ClipParams, sample_tower
 from img2prompt.core.device import device
 from img2prompt.core.images import open_image
 from img2prompt.core.rows import read_rows
@@ -38,13 +38,15 @@ def main(clip: ClipParams, embed_prompts: EmbedPromptsParams) -> None:
 
     pairs.npy (p, 384): of the prompts that the sample's CLIPs have learned from, if any.
     """
-    where = device()
+    where, ahead = device(), fetched_folder(clip.models)
     with whole_folder(Path("outputs/clip")) as out:
         samples: dict[Path, tuple[str, int]] = {}
         for number, (model, pretrained, size) in enumerate(clip.models):
-            folder = out / str(number)
+            folder, tower = out / str(number), sample_tower(model)
+            if tower is None and (ahead / folder.name).is_dir():
+                (ahead / folder.name).rename(folder)
+                continue
             folder.mkdir()
-            tower = small_clip.variant(model)
             if tower is None:
                 materialise(model, pretrained, size, folder)
             else:

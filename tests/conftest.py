@@ -77,7 +77,8 @@ def write_competition(folder: Path, n: int, seed: int) -> Path:
 
 
 LEARN = [
-    "prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "freeze", "model_a", "knn", "ensemble",
+    "fetch", "prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "freeze", "model_a", "knn",
+    "ensemble",
 ]  # fmt: skip
 APPLY = ["prepare_test", "embed_test", "predict", "scores", "submit"]
 STAGES = [*LEARN, *APPLY]

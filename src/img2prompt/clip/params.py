@@ -8,6 +8,22 @@ from pydantic import Field, model_validator
 
 from img2prompt.core.params import Count, Section, Seed
 
+SAMPLES = ("lite0", "lite1", "lite2")  # towers of the sample's CLIPs: timm's tf_efficientnet_*, each in a pip package
+
+
+def sample_tower(model: str) -> str | None:
+    """The tower of a sample's CLIP by its name in params.yaml (`sample` is `sample:lite0`); None for any other model.
+
+    Raises:
+        ValueError: the sample has no such tower.
+    """
+    family, _, name = model.partition(":")
+    if family != "sample":
+        return None
+    if (name or SAMPLES[0]) not in SAMPLES:
+        raise ValueError(f"clip.model: {model!r}: the sample's towers are {', '.join(SAMPLES)}")
+    return name or SAMPLES[0]
+
 
 class SampleClip(Section):
     """How the sample's small CLIP is trained."""
@@ -41,6 +57,8 @@ class ClipParams(Section):
             value = getattr(self, key)
             if isinstance(value, list) and len(value) != count:
                 raise ValueError(f"{key} lists {len(value)} values for {count} models: one each, or one for all")
+        for name, _, _ in self.models:
+            sample_tower(name)
         if len(set(self.models)) < count:
             raise ValueError("model names a CLIP twice")
         return self

@@ -27,26 +27,11 @@ from img2prompt.core.storage import grow, whole
 from img2prompt.sample.render import render
 from img2prompt.sample.scenes import PromptedScene
 
-TOWERS = ("lite0", "lite1", "lite2")  # names of timm's tf_efficientnet_*; a pip package carries the weights of each
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def variant(model: str) -> str | None:
-    """The tower of a sample's CLIP by its name in params.yaml (`sample` is `sample:lite0`); None for any other model.
-
-    Raises:
-        ValueError: the sample has no such tower.
-    """
-    family, _, name = model.partition(":")
-    if family != "sample":
-        return None
-    if (name or TOWERS[0]) not in TOWERS:
-        raise ValueError(f"clip.model: {model!r}: the sample's towers are {', '.join(TOWERS)}")
-    return name or TOWERS[0]
-
-
 def config(name: str, size: int) -> dict[str, object]:
-    """open_clip's configuration of the sample's CLIP with a tower of TOWERS, for images of `size` x `size` pixels."""
+    """open_clip's configuration of the sample's CLIP with a tower of SAMPLES, for images of `size` x `size` pixels."""
     return {
         "embed_dim": 256,
         "custom_text": True,
