@@ -29,7 +29,7 @@ ROWS, UNSEEN = np.arange(100), np.arange(100, 120)
 def schedule(**changes):
     values = dict(
         epochs=3, lr_tower=1e-3, lr_head=1e-2, layer_decay=1.0, mse=0.0, pull=0.0, ema=0.0, batch_size=16, accumulate=1,
-        weight_decay=0.01, warmup=0.1, clip_grad=1.0, seed=(0,),
+        weight_decay=0.01, warmup=0.1, clip_grad=1.0, grad_checkpointing=False, seed=(0,),
     )  # fmt: skip
     return Schedule(**values | changes)
 
