@@ -8,6 +8,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import TINY
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import nn
 
@@ -133,6 +135,31 @@ def test_local_folder_and_image_size(tiny_clip, tmp_path):
     materialise(str(tiny_clip), None, 64, tmp_path)
     assert json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]["image_size"] == 64
     assert load_clip(tmp_path, "cpu").model.visual.image_size == (64, 64)
+
+
+@pytest.mark.filterwarnings("error:QuickGELU mismatch")
+@pytest.mark.parametrize(
+    ("model", "pretrained", "quick"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32", "metaclip_400m", True),
+        ("ViT-B-16", "metaclip_fullcc", True),
+        ("ViT-B-16", "dfn2b", True),
+        ("ViT-B-32-quickgelu", "metaclip_400m", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-L-14", "datacomp_xl_s13b_b90k", False),
+    ],
+)
+def test_weights_get_the_activation_they_were_trained_with(model, pretrained, quick, tiny_clip, tmp_path, monkeypatch):
+    """open_clip's own table of tags, and the weights and the size of a small model in place of the named one's."""
+    config = TINY | {"quick_gelu": True} if model.endswith("-quickgelu") else TINY
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, config)
+    weights = str(tiny_clip.parent / "weights.pt")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: weights)
+    materialise(model, pretrained, None, tmp_path)
+    for part in (load_clip(tmp_path, "cpu").model.visual, load_clip(tmp_path, "cpu").model):
+        (kind,) = {type(block.mlp.gelu) for block in part.transformer.resblocks}
+        assert kind is (QuickGELU if quick else nn.GELU)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
@@ -80,12 +81,16 @@ def materialise(model: str, pretrained: str | None, image_size: int | None, fold
         if not pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
             raise ValueError(f"clip.pretrained: {model} needs the tag of its weights ({tags})")
-    loaded, _, _ = open_clip.create_model_and_transforms(model, pretrained, force_image_size=image_size)
+    # By its tag open_clip knows the activation that weights were trained with, but only warns where a name has another.
+    quick_gelu = bool(pretrained) and get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
+    loaded, _, _ = open_clip.create_model_and_transforms(
+        model, pretrained, force_quick_gelu=quick_gelu, force_image_size=image_size
+    )
     config = open_clip.get_model_config(model)
     if image_size:
         config["vision_cfg"]["image_size"] = image_size
-    if pretrained == "openai":
-        config["quick_gelu"] = True  # open_clip decides so by the tag, which the folder no longer has
+    if quick_gelu:
+        config["quick_gelu"] = True
     save_clip(loaded, open_clip.get_tokenizer(model), config, folder)
 
 
