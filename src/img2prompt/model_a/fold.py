@@ -81,8 +81,8 @@ class Features:
         return unfrozen(self.layers, self.unfreeze)
 
     @property
-    def stored(self) -> bool:
-        """Whether the output of the frozen layers can be stored; else all of the tower runs in every epoch."""
+    def cut(self) -> bool:
+        """Whether the tower is cut into layers; else there is nothing to store, and all of it runs in every epoch."""
         return is_cut(self.layers)
 
     @cached_property
@@ -98,7 +98,7 @@ class Features:
         """The inputs of the layers that train, one item for each view; `seed`: of the augmentation."""
         if not self.unfreeze and not augmentation.on:
             return self.stored_pooled()
-        if self.stored and not augmentation.on:
+        if self.cut and not augmentation.on:
             return self._stored(self.outputs / f"freeze/{self.number}", "frozen")
         references = read_rows(self.outputs / "prepare/train.parquet", ["image"]).image
         transforms = [view(self.clip, seen) for seen in self.views]
