@@ -6,6 +6,7 @@ from pathlib import Path
 from img2prompt.clip.features import Embedder, ahead_folder, image_features, text_features
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
+from img2prompt.clip.towers import is_cut, tower
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
@@ -31,6 +32,7 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     found: list[tuple[str, Path]] = []
     for path, layers in zip(clips, keep, strict=True):
         clip, folder = load_clip(path, where), resume / path.name
+        layers = layers if is_cut(tower(clip.model.visual)) else 0
         (ahead / path.name).mkdir(exist_ok=True)
         for view in ("plain", *model_a.tta):
             wanted = [*["image"] * (view == "plain"), "pooled", *["frozen"] * (layers > 0)]

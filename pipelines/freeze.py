@@ -6,6 +6,7 @@ from pathlib import Path
 from img2prompt.clip.features import Embedder, ahead_folder, image_features, stem
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.params import EmbedImagesParams
+from img2prompt.clip.towers import is_cut, tower
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, numbered, whole_folder
@@ -18,8 +19,8 @@ TRAIN = Path("outputs/prepare/train.parquet")
 def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     """Of every CLIP write train_frozen.npy (n, ...) float16, and train_{view}_frozen.npy of views that are averaged.
 
-    A CLIP whose tower does not train has an empty folder. So has every CLIP with augmentation: the frozen layers then
-    run in every epoch, on other images.
+    A CLIP whose tower does not train, or cannot be cut into layers, has an empty folder. So has every CLIP with
+    augmentation: the frozen layers then run in every epoch, on other images.
     """
     batch_size, where, clips = embed_images.batch_size, device(), numbered(Path("outputs/clip"))
     keep = [model_a.stored(int(path.name)) for path in clips]
@@ -31,6 +32,8 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
             file = ahead / path.name / f"{stem('train', view)}_frozen.npy"
             if not file.is_file():
                 clip = load_clip(path, where)
+                if not is_cut(tower(clip.model.visual)):
+                    break
                 embedder = Embedder(clip, where, layers, ["frozen"])
                 (file,) = image_features(clip, images, embedder, batch_size, ahead / path.name / "here", "train", view)
             found.append((path.name, file))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import yaml
 from hypothesis import settings
@@ -47,6 +48,34 @@ def tiny_clip(tmp_path_factory):
     out = folder / "out"
     out.mkdir()
     materialise("tiny-vit", str(folder / "weights.pt"), None, out)
+    return out
+
+
+def tiny_swin(pretrained=False, num_classes=1000, **_):
+    """A model for timm's registry: a tower that `clip.towers` does not cut, in four groups with the patches' own."""
+    trunk = timm.models.SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 2, 2),
+        num_classes=num_classes,
+    )  # fmt: skip
+    trunk.default_cfg = {}
+    return trunk
+
+
+@pytest.fixture(scope="session")
+def uncut_clip(tmp_path_factory):
+    """A folder as tiny_clip's, of a CLIP whose tower cannot be cut into layers."""
+    from img2prompt.clip.model import materialise
+
+    timm.models.register_model(tiny_swin)
+    folder = tmp_path_factory.mktemp("clip")
+    tower = {"timm_model_name": "tiny_swin", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    (folder / "tiny-swin.json").write_text(json.dumps(TINY | {"vision_cfg": tower}))
+    open_clip.add_model_config(folder / "tiny-swin.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-swin").state_dict(), folder / "weights.pt")
+    out = folder / "out"
+    out.mkdir()
+    materialise("tiny-swin", str(folder / "weights.pt"), None, out)
     return out
 
 

@@ -12,18 +12,24 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import APPLY, LEARN, STAGES, chain, change, made_chain, stage, write_competition
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
+from safetensors.torch import load_file
 
 from img2prompt.cli import table
 from img2prompt.cli.main import main
+from img2prompt.clip.features import Images
 from img2prompt.clip.model import load_clip
 from img2prompt.core.images import open_image
 from img2prompt.core.metric import cosine
+from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import digest
 from img2prompt.ensemble.weights import mix
+from img2prompt.model_a.trained import Trained
+from img2prompt.model_a.validation import Gain
 from img2prompt.prompts.encoder import Encoder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -652,3 +658,35 @@ def test_what_embed_images_leaves_for_freeze_is_what_freeze_computes(copy):
         assert not Path("outputs/.resume/freeze").exists()
         computed.append(frozen.read_bytes())
     assert computed[0] == computed[1]
+
+
+def test_a_tower_that_cannot_be_cut_runs_on_images_and_trains_its_last_groups(copy, uncut_clip, capsys):
+    change(clip={"model": str(uncut_clip)}, model_a={"unfreeze": 2, "layer_decay": 0.5, "lr_tower": 0.01})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gain, "sure", property(lambda gain: abs(gain.mean)))  # a trained point, better or not
+        chain(["clip", "embed_images", "freeze", "model_a"])
+        assert capsys.readouterr().out.count("cannot be cut into layers, so its frozen ones run in every epoch") == 2
+        found = np.load("outputs/model_a/fold_3/0/model_a_oof.npy")
+        change(model_a={"grad_checkpointing": True})
+        stage("model_a", "3")
+    assert np.array_equal(np.load("outputs/model_a/fold_3/0/model_a_oof.npy"), found)
+    assert list(Path("outputs/freeze/0").iterdir()) == []
+    stage("embed_test")
+    stage("predict", "model_a")
+
+    clip = load_clip(Path("outputs/clip/0"), "cpu")
+    trunk = dict(clip.model.visual.trunk.named_parameters())
+    weights = load_file("outputs/model_a/fold_3/0/model_a.safetensors")
+    trained = {name.removeprefix("tower.0.tower."): weights[name] for name in weights if name.startswith("tower.")}
+    assert {name for name in trained if name in trunk} == {
+        name for name in trunk if name.startswith(("layers.1.", "layers.2.", "norm."))
+    }
+    assert all(not torch.equal(trained[name], trunk[name]) for name in trained if name.endswith("qkv.weight"))
+    # What embed_test stores is the images in half precision.
+    images = Images(read_rows("outputs/prepare_test/test.parquet", ["image"]).image, clip.transform)
+    images = torch.stack([images[(row, None)] for row in range(len(images))])
+    models = Trained.load([Path(f"outputs/model_a/fold_{held_out}/0") for held_out in (3, 7)], clip, "cpu")
+    with torch.no_grad():
+        exact = models([clip.model.visual.trunk(images)], [images])
+    for name in ("ridge", "linear", "model_a"):
+        assert np.allclose(exact[name], np.load(f"outputs/predict/model_a/{name}.npy"), atol=1e-3)

@@ -8,14 +8,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import TINY
 from huggingface_hub import constants
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import nn
 
 from img2prompt.clip.features import text_features
 from img2prompt.clip.model import load_clip, materialise, save_clip, settle_hub, view
 from img2prompt.clip.params import SAMPLES, sample_tower
-from img2prompt.clip.towers import project, projection, tower, unfrozen
+from img2prompt.clip.towers import project, projection, tower
 from img2prompt.sample import small_clip
 from img2prompt.sample.wording import draw
 
@@ -33,7 +35,7 @@ def sample_folder(sample_folders):
     return sample_folders["lite0"]
 
 
-@pytest.mark.parametrize(("which", "layers"), [("tiny_clip", 6), ("sample_folder", 18)])
+@pytest.mark.parametrize(("which", "layers"), [("tiny_clip", 5), ("sample_folder", 18)])
 def test_the_tower_in_layers_is_the_tower(which, layers, request):
     visual = load_clip(request.getfixturevalue(which), "cpu").model.visual
     row = tower(visual)
@@ -51,25 +53,6 @@ def test_every_parameter_of_the_tower_is_in_exactly_one_layer(which, request):
     assert len(set(in_layers)) == len(in_layers)
     projection = [visual.proj] if hasattr(visual, "proj") else list(visual.head.parameters())
     assert set(in_layers) | {id(p) for p in projection} == {id(p) for p in visual.parameters()}
-
-
-def test_unfreezing_n_unfreezes_n(sample_folder):
-    # A substring match on names would take blocks 1, 10 and 11 together.
-    layers = tower(load_clip(sample_folder, "cpu").model.visual)
-    for count in (0, 1, 7, 18):
-        last = unfrozen(layers, count)
-        assert len(last) == count
-        assert all(a is b for a, b in zip(last, list(layers)[18 - count :], strict=True))
-    with pytest.raises(ValueError, match=r"model_a\.unfreeze: 19.*18 layers"):
-        unfrozen(layers, 19)
-
-
-def test_a_tower_of_another_kind_is_one_layer():
-    visual = open_clip.create_model("RN50", pretrained=None).visual.eval()
-    assert len(tower(visual)) == 1
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        assert torch.equal(project(visual, tower(visual)(images)), visual(images))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -154,6 +137,31 @@ def test_local_folder_and_image_size(tiny_clip, tmp_path):
     materialise(str(tiny_clip), None, 64, tmp_path)
     assert json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]["image_size"] == 64
     assert load_clip(tmp_path, "cpu").model.visual.image_size == (64, 64)
+
+
+@pytest.mark.filterwarnings("error:QuickGELU mismatch")
+@pytest.mark.parametrize(
+    ("model", "pretrained", "quick"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32", "metaclip_400m", True),
+        ("ViT-B-16", "metaclip_fullcc", True),
+        ("ViT-B-16", "dfn2b", True),
+        ("ViT-B-32-quickgelu", "metaclip_400m", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-L-14", "datacomp_xl_s13b_b90k", False),
+    ],
+)
+def test_weights_get_the_activation_they_were_trained_with(model, pretrained, quick, tiny_clip, tmp_path, monkeypatch):
+    """open_clip's own table of tags, and the weights and the size of a small model in place of the named one's."""
+    config = TINY | {"quick_gelu": True} if model.endswith("-quickgelu") else TINY
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, model, config)
+    weights = str(tiny_clip.parent / "weights.pt")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: weights)
+    materialise(model, pretrained, None, tmp_path)
+    for part in (load_clip(tmp_path, "cpu").model.visual, load_clip(tmp_path, "cpu").model):
+        (kind,) = {type(block.mlp.gelu) for block in part.transformer.resblocks}
+        assert kind is (QuickGELU if quick else nn.GELU)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def test_other_networks_of_the_family_give_what_timm_gives(name):
         assert torch.allclose(nn.Sequential(*efficientnet.layers(model))(images), model(images), atol=1e-8)
 
 
+def test_a_projection_behind_the_pooling_is_the_last_layers():
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=8).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(nn.Sequential(*efficientnet.layers(model))(images), model(images), atol=1e-4)
+
+
 def test_the_first_layer_that_trains_asks_for_no_gradient_of_its_input():
     block = efficientnet.layers(trunk())[14]
     block(torch.randn(2, 192, 4, 4)).sum().backward()

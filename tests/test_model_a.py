@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from img2prompt.cli.check import load_params
+from img2prompt.clip.model import load_clip
+from img2prompt.clip.towers import tower as tower_of
+from img2prompt.clip.towers import unfrozen
 from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Stored
@@ -29,7 +32,7 @@ ROWS, UNSEEN = np.arange(100), np.arange(100, 120)
 def schedule(**changes):
     values = dict(
         epochs=3, lr_tower=1e-3, lr_head=1e-2, layer_decay=1.0, mse=0.0, pull=0.0, ema=0.0, batch_size=16, accumulate=1,
-        weight_decay=0.01, warmup=0.1, clip_grad=1.0, seed=(0,),
+        weight_decay=0.01, warmup=0.1, clip_grad=1.0, grad_checkpointing=False, seed=(0,),
     )  # fmt: skip
     return Schedule(**values | changes)
 
@@ -246,6 +249,44 @@ def test_rates_differ_and_norms_are_not_decayed():
     assert rate[id(tower[1].weight)] == (1e-3, 0.0)
     assert rate[id(head.fc1.fc.weight)] == (1e-2, 0.3)
     assert rate[id(head.norm2.bias)] == rate[id(head.w)] == (1e-2, 0.0)
+
+
+def test_embeddings_and_tokens_are_not_decayed_and_groups_of_a_whole_tower_have_their_rates(uncut_clip, tiny_clip):
+    head = start()[1]
+    plan = schedule(weight_decay=0.3, layer_decay=0.5)
+    for folder, layers, names in ((tiny_clip, 5, "embedding"), (uncut_clip, 4, "relative_position_bias_table")):
+        tower = unfrozen(tower_of(load_clip(folder, "cpu").model.visual), layers)
+        found = parameter_groups(tower, head, plan)
+        decayed = {id(p) for group in found for p in group["params"] if group["weight_decay"]}
+        tokens = {id(p) for name, p in tower.named_parameters() if name.endswith(names)}
+        matrices = {id(p) for name, p in tower.named_parameters() if p.ndim > 1} - tokens
+        assert tokens
+        assert matrices
+        assert decayed & {id(p) for p in tower.parameters()} == matrices
+        assert {group["lr"] for group in found if group["of"] == "tower"} == {1e-3 * 0.5**k for k in range(layers)}
+        grouped = [id(p) for group in found for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for module in (tower, head) for p in module.parameters())
+
+
+def test_checkpoints_take_less_memory_for_the_same_weights(tmp_path):
+    """By the numbers that autograd holds for the backward pass."""
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        deep = nn.Sequential(*(nn.Sequential(nn.Linear(12, 96), nn.GELU(), nn.Linear(96, 12)) for _ in range(4)))
+        head = LinearHead(REGRESSION, 0.2, 0)
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda value, to=held: to.append(value.numel()) or value, lambda x: x
+        ):
+            fit(
+                deep, head, Stored(FEATURES), TARGETS[None], ROWS, schedule(grad_checkpointing=on), "cpu",
+                tmp_path / str(on), validation(floor=-9.0), "test",
+            )  # fmt: skip
+        found.append((weights(deep, head), sum(held)))
+    (plain, most), (checkpoints, least) = found
+    assert torch.equal(plain, checkpoints)
+    assert least < most / 2
 
 
 def test_schedule_warms_up_and_falls():

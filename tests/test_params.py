@@ -62,6 +62,7 @@ def test_default_is_valid():
         ("model_a__tta", ["flip", "flip"], "model_a"),
         ("model_a__tta", ["mirror"], "model_a.tta.0"),
         ("model_a__layer_decay", 0, "model_a.layer_decay"),
+        ("model_a__grad_checkpointing", "yes", "model_a.grad_checkpointing"),
         ("model_a__validation", 1, "model_a.validation"),
         ("model_a__unfreeze", [-1], "model_a.unfreeze"),
         ("ensemble__clips", [], "ensemble.clips"),

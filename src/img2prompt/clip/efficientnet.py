@@ -18,7 +18,7 @@ SMALL = 100  # positions of a feature map; on larger maps the pairs of positions
 
 
 def layers(trunk: EfficientNet) -> list[nn.Module]:
-    """The trunk's layers in order, from the image (n, 3, size, size) to the pooled output (n, d): stem, blocks, head.
+    """The trunk's layers in order, from the image (n, 3, size, size) to the output (n, d): stem, blocks, head.
 
     They share the trunk's weights. Batch norms always use their running statistics, in training mode also.
     """
@@ -26,7 +26,7 @@ def layers(trunk: EfficientNet) -> list[nn.Module]:
     return [
         _Row(trunk.conv_stem, trunk.bn1),
         *(_Block(block) if _known(block) else block for block in blocks),
-        _Row(trunk.conv_head, trunk.bn2, trunk.global_pool),
+        _Row(trunk.conv_head, trunk.bn2, trunk.global_pool, trunk.classifier),
     ]
 
 

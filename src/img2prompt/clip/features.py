@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from img2prompt.clip.model import Clip, view
-from img2prompt.clip.towers import project, tower, unfrozen
+from img2prompt.clip.towers import frozen, project, tower
 from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import grow, resume_folder, room
@@ -73,7 +73,8 @@ class Embedder:
     ) -> None:
         layers = tower(clip.model.visual)
         self._visual, self._device, self._wanted = clip.model.visual, device, set(wanted)
-        self._last, self._frozen = unfrozen(layers, keep), layers[: len(layers) - keep]
+        self._frozen = frozen(layers, keep)
+        self._last = layers[len(self._frozen) :]
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """Of a batch (b, 3, size, size) float32, what is wanted, on the device.

@@ -109,16 +109,20 @@ def materialise(model: str, pretrained: str | None, image_size: int | None, fold
     ):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise ValueError(f"clip.pretrained: {pretrained or 'null'} is no file and no tag of {model}'s weights ({tags})")
+    # By its tag open_clip knows the activation that weights were trained with, but only warns where a name has another.
+    quick_gelu = bool(pretrained) and open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
     try:
-        loaded, _, _ = open_clip.create_model_and_transforms(name, pretrained, force_image_size=image_size)
+        loaded, _, _ = open_clip.create_model_and_transforms(
+            name, pretrained, force_quick_gelu=quick_gelu, force_image_size=image_size
+        )
         config, tokenizer = open_clip.get_model_config(name), open_clip.get_tokenizer(name)
     except Exception as error:  # whatever the libraries raise that read hubs, configurations and weights
         cause = str(error).strip().splitlines()[0]
         raise ValueError(f"clip.model: {model} cannot be loaded: {_remedy(model, pretrained) or cause}") from error
     if image_size:
         config["vision_cfg"]["image_size"] = image_size
-    if pretrained == "openai":
-        config["quick_gelu"] = True  # open_clip decides so by the tag, which the folder no longer has
+    if quick_gelu:
+        config["quick_gelu"] = True
     save_clip(loaded, tokenizer, config, folder)
 
 

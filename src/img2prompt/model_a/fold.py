@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from torch import nn
 
 from img2prompt.clip.features import Images, stem
 from img2prompt.clip.model import Clip, load_clip, view
-from img2prompt.clip.towers import projection, tower, unfrozen
+from img2prompt.clip.towers import frozen, is_cut, projection, tower, unfrozen
 from img2prompt.core.rows import read_rows
 from img2prompt.model_a.inputs import Augmented, Drawn, Inputs, Stored
 from img2prompt.model_a.params import Augmentation, ModelAParams, Rates
@@ -79,7 +78,12 @@ class Features:
     @property
     def last(self) -> nn.Sequential:
         """A copy of the layers that train."""
-        return copy.deepcopy(unfrozen(self.layers, self.unfreeze))
+        return unfrozen(self.layers, self.unfreeze)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the tower is cut into layers; else there is nothing to store, and all of it runs in every epoch."""
+        return is_cut(self.layers)
 
     @cached_property
     def pooled(self) -> np.ndarray:
@@ -94,12 +98,15 @@ class Features:
         """The inputs of the layers that train, one item for each view; `seed`: of the augmentation."""
         if not self.unfreeze and not augmentation.on:
             return self.stored_pooled()
-        if not augmentation.on:
+        if self.cut and not augmentation.on:
             return self._stored(self.outputs / f"freeze/{self.number}", "frozen")
-        frozen = self.layers[: len(self.layers) - self.unfreeze]
         references = read_rows(self.outputs / "prepare/train.parquet", ["image"]).image
-        drawn: list[Images] = [Augmented(references, view(self.clip, seen), augmentation, seed) for seen in self.views]
-        return [Drawn(images, frozen, device) for images in drawn]
+        transforms = [view(self.clip, seen) for seen in self.views]
+        drawn: list[Images] = [
+            Augmented(references, transform, augmentation, seed) if augmentation.on else Images(references, transform)
+            for transform in transforms
+        ]
+        return [Drawn(images, frozen(self.layers, self.unfreeze), device) for images in drawn]
 
     def text_prior(self, rows: TrainRows, training: np.ndarray, unseen: Sequence[int]) -> TextPrior:
         """The prior from training rows' prompts and from prompts without images, but none near a prompt of `unseen`.

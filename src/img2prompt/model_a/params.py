@@ -51,6 +51,7 @@ class ModelAParams(Rates):
     pull: Annotated[float, Field(ge=0)]
     cross_fit: Annotated[int, Field(ge=0)]
     clip_grad: Positive
+    grad_checkpointing: bool
     pretrain: bool
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     mse: Annotated[float, Field(ge=0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,14 @@ KINDS = ("ridge", *HEADS)  # the family: the start of both heads, and the heads
 
 
 def save_trained(path: Path, last: nn.Module, head: nn.Module, unfreeze: int, views: Sequence[str]) -> None:
-    """Write the layers that were trained with a head as safetensors.
+    """Write the layers that were trained with a head as safetensors; parameters that did not train are CLIP's own.
 
     unfreeze: the number of these layers. views: the views whose predictions are averaged, the plain one first.
     """
-    weights = nn.ModuleDict({"tower": last, "head": head}).state_dict()
+    model = nn.ModuleDict({"tower": last, "head": head})
+    weights = model.state_dict()
+    for name in _untrained(model):
+        del weights[name]
     # One entry: safetensors writes several in any order, and equal weights would be other bytes.
     metadata = {"settings": json.dumps({"unfreeze": unfreeze, "views": list(views)})}
     save_file({name: value.contiguous() for name, value in weights.items()}, path, metadata)
@@ -94,7 +96,11 @@ class Trained:
         return found
 
 
-def _model(path: Path, kind: str, layers: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential:
+def _untrained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.data for name, value in model.named_parameters() if not value.requires_grad}
+
+
+def _model(path: Path, kind: str, layers: nn.Sequential, weights: dict[str, Tensor]) -> nn.Sequential:
     """A tower's last layers with a head, from the tensors that `save_trained` wrote."""
     name = "head.fc1" if kind == "model_a" else "head"
     enter = weights.get(f"{name}.wide.enter.weight")
@@ -102,9 +108,9 @@ def _model(path: Path, kind: str, layers: nn.Sequential, weights: Mapping[str, T
     zeros = torch.zeros(width, features)
     start = Ridge(torch.zeros(features), torch.ones(features), zeros, torch.zeros(width), 0.0, 0.0, 0.0)
     head = (LinearHead if kind == "ridge" else HEADS[kind])(start, 0.0, 0 if enter is None else len(enter))
-    model = nn.ModuleDict({"tower": copy.deepcopy(layers), "head": head})
+    model = nn.ModuleDict({"tower": layers, "head": head})
     try:
-        model.load_state_dict(dict(weights))
+        model.load_state_dict(_untrained(model) | weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: not of this CLIP: {str(error).splitlines()[-1].strip()}") from None
     return nn.Sequential(model["tower"], model["head"])

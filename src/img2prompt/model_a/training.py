@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
+from img2prompt.clip.towers import checkpointed, groups
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import whole
 from img2prompt.model_a.heads import HEADS, LinearHead, PaperHead
@@ -37,7 +38,7 @@ class Schedule:
     of the steps; a step sees `batch_size * accumulate` rows. Each layer of the tower has the learning rate
     of the layer after it times `layer_decay`. `mse` is the weight of the mean squared error in the loss, beside the
     cosine, `pull` that of half the head's squared distance from its start. `ema` above 0 takes the exponential moving
-    average of the weights over about this share of the steps.
+    average of the weights over about this share of the steps. `grad_checkpointing` takes less memory for more time.
     """
 
     epochs: int
@@ -52,6 +53,7 @@ class Schedule:
     weight_decay: float
     warmup: float
     clip_grad: float
+    grad_checkpointing: bool
     seed: tuple[int, ...]
 
     def factor(self, step: int, steps: int) -> float:
@@ -65,20 +67,21 @@ class Schedule:
 def parameter_groups(tower: nn.Sequential, head: nn.Module, schedule: Schedule) -> list[dict[str, object]]:
     """Optimiser groups with differential learning rates: every trainable parameter in exactly one.
 
-    The last layer of the tower has `lr_tower`. Biases, the parameters of batch norms and LayerNorms,
-    and the w of eq. 3 are not decayed: pulling them to zero would pull predictions off the mean target.
+    The last layer of the tower has `lr_tower`. Only matrices named weight are decayed: not biases, norms, position
+    embeddings, tokens, nor the w of eq. 3. Pulling them to zero would pull predictions off the mean target.
     """
-    rates = [schedule.lr_tower * schedule.layer_decay**behind for behind in reversed(range(len(tower)))]
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for module, rate in zip([*tower, head], [*rates, schedule.lr_head], strict=True):
-        of = "head" if module is head else "tower"
-        for parameter in module.parameters():
+    layers = groups(tower)
+    rates = [schedule.lr_tower * schedule.layer_decay**behind for behind in reversed(range(len(layers)))]
+    parts = [("tower", rate, layer) for rate, layer in zip(rates, layers, strict=True)]
+    found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    for of, rate, parameters in [*parts, ("head", schedule.lr_head, dict(head.named_parameters()))]:
+        for name, parameter in parameters.items():
             if parameter.requires_grad:
-                decay = schedule.weight_decay if parameter.ndim > 1 else 0.0
-                groups.setdefault((of, rate, decay), []).append(parameter)
+                decay = schedule.weight_decay if parameter.ndim > 1 and name.endswith("weight") else 0.0
+                found.setdefault((of, rate, decay), []).append(parameter)
     return [
         {"params": members, "lr": rate, "peak": rate, "weight_decay": decay, "of": of}
-        for (of, rate, decay), members in groups.items()
+        for (of, rate, decay), members in found.items()
     ]
 
 
@@ -229,7 +232,9 @@ class _Run:
             for number, ((step, batch), x) in enumerate(zip(micro, batches, strict=True)):
                 of_part = None if parts is None else torch.from_numpy(parts[order[batch]]).to(self.device)
                 with torch.autocast("cuda", self.half, enabled=self.cuda):
-                    predicted = self.head(self.tower(x.to(self.device)), of_part)
+                    x = x.to(self.device)
+                    x = checkpointed(self.tower, x) if schedule.grad_checkpointing else self.tower(x)
+                    predicted = self.head(x, of_part)
                 wanted = torch.from_numpy(targets[copy[batch], seen[batch]]).to(self.device)
                 loss = cosine_loss(predicted, wanted, schedule.mse)
                 total += loss.item()
@@ -410,6 +415,7 @@ def train(
         weight_decay=settings.weight_decay,
         warmup=settings.warmup,
         clip_grad=settings.clip_grad,
+        grad_checkpointing=settings.grad_checkpointing,
         seed=(*seed, 1),
     )
     validation = Validation(
