@@ -3,10 +3,9 @@
 import shutil
 from pathlib import Path
 
-from img2prompt.clip.features import Embedder, ahead_folder, image_features, text_features
+from img2prompt.clip.features import Embedder, ahead_folder, image_features, is_stored, text_features
 from img2prompt.clip.model import load_clip
-from img2prompt.clip.params import EmbedImagesParams
-from img2prompt.clip.towers import is_cut, tower
+from img2prompt.clip.params import EmbedImagesParams, FreezeParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
@@ -16,7 +15,7 @@ from pipelines import run
 TRAIN, TEXTS = Path("outputs/prepare/train.parquet"), Path("outputs/prepare/texts.parquet")
 
 
-def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
+def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAParams) -> None:
     """Of every CLIP write {train,texts}_text.npy, train_image.npy and train_pooled.npy.
 
     Of views that Model A averages also train_{view}_pooled.npy.
@@ -25,16 +24,17 @@ def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
     # What the results depend on: a killed run resumes only if none of it has changed.
     key = [f"{batch_size} {where}", TRAIN, TEXTS, *clips, room("core"), room("clip"), Path(__file__)]
     resume = resume_folder("embed_images", *key)
-    # No output here depends on model_a.unfreeze: the frozen layers run anyway, and `freeze` need not run them again.
+    # No output here depends on model_a.unfreeze or `freeze`: frozen layers run anyway, and `freeze` need not run them.
     keep = [model_a.stored(int(path.name)) for path in clips]
-    ahead = ahead_folder(TRAIN, clips, keep, batch_size, where)
+    ahead = ahead_folder(TRAIN, clips, keep, freeze, batch_size, where)
     images = read_rows(TRAIN, ["image"]).image
     found: list[tuple[str, Path]] = []
     for path, layers in zip(clips, keep, strict=True):
         clip, folder = load_clip(path, where), resume / path.name
-        layers = layers if is_cut(tower(clip.model.visual)) else 0
+        views, name = ("plain", *model_a.tta), f"clip {path.name}, train images"
         (ahead / path.name).mkdir(exist_ok=True)
-        for view in ("plain", *model_a.tta):
+        layers = layers if is_stored(clip, layers, len(images), views, freeze, RESUME, name) else 0
+        for view in views:
             wanted = [*["image"] * (view == "plain"), "pooled", *["frozen"] * (layers > 0)]
             embedder = Embedder(clip, where, layers, wanted)
             files = image_features(clip, images, embedder, batch_size, folder / str(layers), "train", view)

@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from img2prompt.clip.features import Embedder, image_features
+from img2prompt.clip.features import Embedder, image_features, is_stored
 from img2prompt.clip.model import load_clip
-from img2prompt.clip.params import EmbedImagesParams
+from img2prompt.clip.params import EmbedImagesParams, FreezeParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
@@ -16,22 +16,23 @@ TEST = Path("outputs/prepare_test/test.parquet")
 PARTS = {"image": "knn", "pooled": "model_a", "frozen": "model_a"}  # who looks at what
 
 
-def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
+def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAParams) -> None:
     """Of every CLIP write knn/N/test_image.npy, model_a/N/test_pooled.npy and model_a/N/test_frozen.npy.
 
     Of views that Model A averages also test_{view}_pooled.npy and test_{view}_frozen.npy. A CLIP whose tower does not
-    train has no test_frozen.npy.
+    train, or of which frozen layers' output is not stored, has no test_frozen.npy.
     """
     batch_size, where = embed_images.batch_size, device()
     clips = numbered(Path("outputs/clip"))
     keep = [model_a.layers(int(path.name)) for path in clips]
-    key = f"{batch_size} {keep} {where}"
+    key = f"{batch_size} {keep} {freeze} {where}"
     resume = resume_folder("embed_test", key, TEST, *clips, room("core"), room("clip"), Path(__file__))
     references = read_rows(TEST, ["image"]).image
     found: dict[tuple[str, str], list[Path]] = {}
     for path, layers in zip(clips, keep, strict=True):
-        clip = load_clip(path, where)
-        for view in ("plain", *model_a.tta):
+        clip, views, name = load_clip(path, where), ("plain", *model_a.tta), f"clip {path.name}, test images"
+        layers = layers if is_stored(clip, layers, len(references), views, freeze, RESUME, name) else 0
+        for view in views:
             wanted = [*["image"] * (view == "plain"), "pooled", *["frozen"] * (layers > 0)]
             embedder = Embedder(clip, where, layers, wanted)
             files = image_features(clip, references, embedder, batch_size, resume / path.name, "test", view)

@@ -3,10 +3,9 @@
 import shutil
 from pathlib import Path
 
-from img2prompt.clip.features import Embedder, ahead_folder, image_features, stem
+from img2prompt.clip.features import Embedder, ahead_folder, image_features, is_stored, stem
 from img2prompt.clip.model import load_clip
-from img2prompt.clip.params import EmbedImagesParams
-from img2prompt.clip.towers import is_cut, tower
+from img2prompt.clip.params import EmbedImagesParams, FreezeParams
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, numbered, whole_folder
@@ -16,23 +15,24 @@ from pipelines import run
 TRAIN = Path("outputs/prepare/train.parquet")
 
 
-def main(embed_images: EmbedImagesParams, model_a: ModelAParams) -> None:
+def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAParams) -> None:
     """Of every CLIP write train_frozen.npy (n, ...) float16, and train_{view}_frozen.npy of views that are averaged.
 
-    A CLIP whose tower does not train, or cannot be cut into layers, has an empty folder. So has every CLIP with
-    augmentation: the frozen layers then run in every epoch, on other images.
+    A CLIP whose tower does not train, or cannot be cut into layers, has an empty folder. So has one of which nothing is
+    to be stored, and every CLIP with augmentation: frozen layers then run in every epoch, with it on other images.
     """
     batch_size, where, clips = embed_images.batch_size, device(), numbered(Path("outputs/clip"))
     keep = [model_a.stored(int(path.name)) for path in clips]
-    ahead = ahead_folder(TRAIN, clips, keep, batch_size, where)
+    ahead = ahead_folder(TRAIN, clips, keep, freeze, batch_size, where)
     images = read_rows(TRAIN, ["image"]).image
     found: list[tuple[str, Path]] = []
     for path, layers in zip(clips, keep, strict=True):
-        for view in ("plain", *model_a.tta) if layers else ():
+        views = ("plain", *model_a.tta) if layers else ()
+        for view in views:
             file = ahead / path.name / f"{stem('train', view)}_frozen.npy"
             if not file.is_file():
-                clip = load_clip(path, where)
-                if not is_cut(tower(clip.model.visual)):
+                clip, name = load_clip(path, where), f"clip {path.name}, train images"
+                if not is_stored(clip, layers, len(images), views, freeze, RESUME, name):
                     break
                 embedder = Embedder(clip, where, layers, ["frozen"])
                 (file,) = image_features(clip, images, embedder, batch_size, ahead / path.name / "here", "train", view)

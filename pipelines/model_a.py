@@ -38,9 +38,7 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
     unseen = np.flatnonzero(rows.fold == held_out)
     head = LinearHead(start.whole, dropout=0.0, hidden=0)
     save_trained(out / "ridge.safetensors", nn.Sequential(), head, 0, features.views)
-    found = {"ridge": predict(nn.Sequential(), head, features.stored_pooled(), unseen, 1024, where)}
-    if features.unfreeze and not features.cut:
-        print(f"{name}: this CLIP's tower cannot be cut into layers, so its frozen ones run in every epoch as well")
+    found = {"ridge": predict(nn.Sequential(), head, features.stored_pooled(where), unseen, 1024, where)}
     inputs, choices = features.inputs(section.augmentation, section.seed, where), []
     for kind, rates in (("linear", section.linear), ("model_a", section)):
         seed = (section.seed, held_out)

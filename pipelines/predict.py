@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from img2prompt.clip.params import EmbedImagesParams
-from img2prompt.core.device import device
+from img2prompt.core.device import device, off
 from img2prompt.core.progress import progress
+from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, grow, numbered, resume_folder, room, whole_folder
 from img2prompt.ensemble.members import name_of
 from img2prompt.model_b.bank import Bank
@@ -24,26 +24,35 @@ ROOMS = [room(name) for name in ("core", "clip", "ensemble", "model_a", "model_b
 def predict_model_a(clip: Path, ids: Sequence[int], batch_size: int, resume: Path, out: Path) -> None:
     """The family's members on one CLIP, batch by batch; a killed run resumes from what is in `resume`."""
     # Model B need not wait for open_clip's import, which takes seconds.
-    from img2prompt.clip.features import stem
-    from img2prompt.clip.model import load_clip
+    from img2prompt.clip.features import Images, stem
+    from img2prompt.clip.model import load_clip, view
+    from img2prompt.clip.towers import frozen, tower
+    from img2prompt.model_a.inputs import Drawn, Inputs, Stored
     from img2prompt.model_a.trained import Trained
 
-    where, stored = device(), OUTPUTS / "embed_test/model_a" / clip.name
-    folders = [OUTPUTS / f"model_a/fold_{held_out}" / clip.name for held_out in ids]
-    trained = Trained.load(folders, load_clip(clip, "cpu"), where)
-    pooled, frozen = (
-        [np.load(stored / f"{stem('test', view)}_{name}.npy", mmap_mode="r") for view in trained.views]
-        for name in ("pooled", "frozen" if trained.unfreeze else "pooled")
-    )
-    batches = [range(start, min(start + batch_size, len(pooled[0]))) for start in range(0, len(pooled[0]), batch_size)]
+    where, stored, model = device(), OUTPUTS / "embed_test/model_a" / clip.name, load_clip(clip, "cpu")
+    trained = Trained.load([OUTPUTS / f"model_a/fold_{held_out}" / clip.name for held_out in ids], model, where)
+    references = read_rows(OUTPUTS / "prepare_test/test.parquet", ["image"]).image
 
-    def predictions(left: Sequence[range]) -> Iterator[dict[str, np.ndarray]]:
-        for rows in progress(left, f"Model A on clip {clip.name}", unit="batch"):
-            inputs = (
-                [torch.from_numpy(np.array(x[rows.start : rows.stop])).to(where) for x in views]
-                for views in (pooled, frozen)
-            )
-            yield {kind: found.cpu().numpy() for kind, found in trained(*inputs).items()}
+    def inputs(name: str) -> Iterator[Inputs]:
+        for seen in trained.views:
+            file = stored / f"{stem('test', seen)}_{name}.npy"
+            if file.is_file():
+                yield Stored(np.load(file, mmap_mode="r"), where)
+            else:
+                before = frozen(tower(model.model.visual), trained.unfreeze)
+                yield Drawn(Images(references, view(model, seen)), before, where)
+
+    pooled, last = list(inputs("pooled")), list(inputs("frozen" if trained.unfreeze else "pooled"))
+    batches = [
+        np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
+    ]
+
+    def predictions(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        streams = [zip(*(of_view.batches(left, None) for of_view in views), strict=True) for views in (pooled, last)]
+        parts = progress(zip(*streams, strict=True), f"Model A on clip {clip.name}", len(left), unit="batch")
+        for found in off((trained(*inputs) for inputs in parts), where):
+            yield {kind: value.numpy() for kind, value in found.items()}
 
     for kind, file in grow(resume, batches, predictions).items():
         file.rename(out / f"{name_of(kind, int(clip.name))}.npy")

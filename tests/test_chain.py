@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -459,6 +460,30 @@ def test_no_stage_writes_into_a_file_that_was_there(copy):
     assert [digest(Path(f"cached-{number}")) for number in range(len(files))] == before
     changed = [path for number, path in enumerate(files) if digest(path) != before[number]]
     assert len(changed) > len(files) / 2  # so the stages did write
+
+
+def test_without_a_store_the_predictions_are_the_same(copy, capsys):
+    stored, before = list(Path("outputs").rglob("*_frozen.npy")), np.load("outputs/scores/test.npy")
+    assert {path.parent.parent.name for path in stored} == {"freeze", "model_a"}
+    for store, limit in (("auto", 1e-6), (False, 20)):
+        change(freeze={"store": store, "limit": limit}, model_a={"tta": ["flip"] if store is False else []})
+        chain(["embed_images", "freeze", "model_a", "ensemble", "embed_test", "predict", "scores"])
+        assert not list(Path("outputs").rglob("*_frozen.npy"))
+        said = capsys.readouterr().out
+        assert said.count(" for each of 60 images: not stored, so they run in every epoch") == 2
+        if store == "auto":
+            assert np.abs(np.load("outputs/scores/test.npy") - before).max() < 1e-3
+    change(freeze={"store": True})
+    chain(["freeze"])
+    assert list(Path("outputs/freeze").rglob("*_frozen.npy"))
+
+
+def test_a_store_larger_than_the_disk_is_an_error_before_it_is_written(copy, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e3))
+    with pytest.raises(ValueError, match=r"freeze\.store: 3\.84 KB to store, and 1 KB free .* set it to false"):
+        chain(["embed_test"])
+    change(freeze={"store": False})
+    chain(["embed_test"])
 
 
 def test_several_clips_and_views(copy, tiny_clip):

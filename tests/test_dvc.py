@@ -120,8 +120,10 @@ def test_nothing_that_learns_depends_on_what_is_predicted():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_given_the_sections_that_it_declares(stage):
-    given = inspect.signature(importlib.import_module(f"pipelines.{stage}").main).parameters
-    assert set(given) == {param.split(".")[0] for param in STAGES[stage].get("params", [])}
+    given = set(inspect.signature(importlib.import_module(f"pipelines.{stage}").main).parameters)
+    declared = {param.split(".")[0] for param in STAGES[stage].get("params", [])}
+    # No output of embed_images depends on `freeze`: it says what that stage will want, and need not compute again.
+    assert given == declared | ({"freeze"} if stage == "embed_images" else set())
 
 
 def test_every_script_is_a_stage():

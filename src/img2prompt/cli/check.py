@@ -10,7 +10,7 @@ from typing import Self
 import yaml
 from pydantic import ValidationError, model_validator
 
-from img2prompt.clip.params import ClipParams, EmbedImagesParams
+from img2prompt.clip.params import ClipParams, EmbedImagesParams, FreezeParams
 from img2prompt.core.params import Section, key_of, with_numbers
 from img2prompt.ensemble.params import EnsembleParams
 from img2prompt.model_a.params import ModelAParams
@@ -28,6 +28,7 @@ class Params(Section):
     folds: FoldsParams
     clip: ClipParams
     embed_images: EmbedImagesParams
+    freeze: FreezeParams
     model_a: ModelAParams
     knn: KnnParams
     ensemble: EnsembleParams

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from img2prompt.clip.model import Clip, view
-from img2prompt.clip.towers import frozen, project, tower
+from img2prompt.clip.params import FreezeParams
+from img2prompt.clip.towers import frozen, is_cut, project, tower
+from img2prompt.core.device import autocast, off, onto
 from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import grow, resume_folder, room
@@ -46,7 +49,7 @@ class Images(Dataset):
     def batches(self, rows: list[np.ndarray], epoch: int | None = None) -> Iterator[Tensor]:
         """Yield (b, 3, size, size) float32 for each batch of row numbers; worker processes read ahead."""
         keys = [[(int(row), epoch) for row in batch] for batch in rows]
-        workers = min(torch.get_num_threads(), 8) if sum(map(len, rows)) > 256 else 0
+        workers = min(torch.get_num_threads(), 16) if sum(map(len, rows)) > 256 else 0
         yield from DataLoader(self, batch_sampler=keys, num_workers=workers)
 
 
@@ -72,7 +75,7 @@ class Embedder:
         self, clip: Clip, device: str, keep: int, wanted: Sequence[str] = ("image", "pooled", "frozen")
     ) -> None:
         layers = tower(clip.model.visual)
-        self._visual, self._device, self._wanted = clip.model.visual, device, set(wanted)
+        self._visual, self.device, self._wanted = clip.model.visual, device, {*wanted, "within"}
         self._frozen = frozen(layers, keep)
         self._last = layers[len(self._frozen) :]
 
@@ -85,21 +88,42 @@ class Embedder:
         Raises:
             ValueError: the input of the last layers is beyond half precision.
         """
-        cuda = torch.device(self._device).type == "cuda"
+        found = self.launch(x.to(self.device))
+        within_half(found.pop("within"))
+        return found
+
+    def launch(self, x: Tensor) -> dict[str, Tensor]:
+        """As a call, but of a batch on the device, for whose results nobody waits yet.
+
+        `within` () bool is for `within_half`.
+        """
         # no_grad and not inference_mode: under autocast the latter casts attention layers' weights in every call.
-        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=cuda):
-            found = {"frozen": self._frozen(x.to(self._device, memory_format=torch.channels_last))}
+        with torch.no_grad(), autocast(self.device, torch.float16):
+            inputs = frozen_pass(self._frozen, x)
+            found = {"within": torch.ones((), dtype=torch.bool, device=x.device)}
+            if "frozen" in self._wanted:
+                found["frozen"] = inputs.half()
+                found["within"] = found["frozen"].isfinite().all()
             if self._wanted & {"image", "pooled"}:
-                found["pooled"] = self._last(found["frozen"]).float()
+                found["pooled"] = self._last(inputs).float()
             if "image" in self._wanted:
                 found["image"] = functional.normalize(project(self._visual, found["pooled"]).float())
-        if "frozen" in self._wanted:
-            found["frozen"] = found["frozen"].half()
-            if not found["frozen"].isfinite().all():
-                raise ValueError(
-                    "model_a.unfreeze: what the frozen layers give is beyond half precision: take another number"
-                )
-        return {name: found[name] for name in ("image", "pooled", "frozen") if name in self._wanted}
+        return {name: found[name] for name in ("image", "pooled", "frozen", "within") if name in self._wanted}
+
+
+def frozen_pass(frozen: nn.Module, x: Tensor) -> Tensor:
+    """The output of frozen layers for images (b, 3, size, size)."""
+    return frozen(x.to(memory_format=torch.channels_last))
+
+
+def within_half(within: Tensor) -> None:
+    """Check the flag that all outputs of frozen layers were finite in half precision.
+
+    Raises:
+        ValueError: some were not.
+    """
+    if not within:
+        raise ValueError("model_a.unfreeze: what the frozen layers give is beyond half precision: take another number")
 
 
 def image_features(
@@ -117,7 +141,7 @@ def image_features(
     another view than the plain one `{split}_{seen}_image` and so on.
 
     Raises:
-        ValueError: the tower has no such view, or an image cannot be decoded.
+        ValueError: the tower has no such view, an image cannot be decoded, or as `Embedder`.
     """
     images = Images(references, view(clip, seen))
     rows = [
@@ -125,19 +149,69 @@ def image_features(
     ]
 
     def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        batches = images.batches(list(left))
-        for x in progress(batches, f"CLIP on {stem(split, seen)} images", len(left), "batch"):
-            yield {f"{stem(split, seen)}_{name}": value.cpu().numpy() for name, value in embedder(x).items()}
+        batches = progress(images.batches(list(left)), f"CLIP on {stem(split, seen)} images", len(left), "batch")
+        for found in off(map(embedder.launch, onto(batches, embedder.device, torch.float16)), embedder.device):
+            within_half(found.pop("within"))
+            yield {f"{stem(split, seen)}_{name}": value.numpy() for name, value in found.items()}
 
     return list(grow(folder / stem(split, seen), rows, run).values())
 
 
-def ahead_folder(train: Path, clips: Sequence[Path], keep: Sequence[int], batch_size: int, device: str) -> Path:
+def is_stored(
+    clip: Clip, keep: int, count: int, views: Sequence[str], freeze: FreezeParams, folder: Path, name: str
+) -> bool:
+    """Whether the output of a tower's frozen layers is stored, so that they run once and not in every epoch.
+
+    It prints how much there is to store. `folder`: where the files grow; what is there of them takes no more space.
+
+    Args:
+        keep: the number of last layers that train; 0: there is nothing to store.
+        count: of the images.
+        views: of the images, each stored.
+        freeze: what params.yaml says.
+        name: of the CLIP and of the images, to be printed.
+
+    Raises:
+        ValueError: there is more to store than space on the disk.
+    """
+    layers = tower(clip.model.visual)
+    if keep and not is_cut(layers):
+        print(f"{name}: this tower cannot be cut into layers, so its frozen ones run in every epoch")
+    if not keep or not is_cut(layers):
+        return False
+    grey, before = Image.new("RGB", (64, 64), (128, 128, 128)), frozen(layers, keep)
+    where = next(clip.model.parameters()).device
+    with torch.no_grad():
+        each = sum(2 * frozen_pass(before, view(clip, seen)(grey)[None].to(where)).numel() for seen in views)
+    size, limit = each * count, freeze.limit * 1e9
+    stored = size <= limit if freeze.store == "auto" else freeze.store
+    choice = "stored" if stored else "not stored, so they run in every epoch (freeze.store, freeze.limit)"
+    print(f"{name}: frozen layers give {_amount(size)}, {_amount(each)} for each of {count} images: {choice}")
+    there = sum(path.stat().st_size for path in folder.rglob("*_frozen.npy"))
+    free = shutil.disk_usage(folder).free + there
+    if stored and free < size:
+        raise ValueError(
+            f"freeze.store: {_amount(size)} to store, and {_amount(free)} free for {folder}: "
+            "free some, or set it to false"
+        )
+    return stored
+
+
+def _amount(size: float) -> str:
+    unit, scale = next(((unit, scale) for unit, scale in (("GB", 1e9), ("MB", 1e6)) if size >= scale), ("KB", 1e3))
+    return f"{size / scale:.3g} {unit}"
+
+
+def ahead_folder(
+    train: Path, clips: Sequence[Path], keep: Sequence[int], freeze: FreezeParams, batch_size: int, device: str
+) -> Path:
     """Where embed_images, whose pass through the tower is longer, leaves what freeze would compute.
 
     train: the table of train images. clips: the CLIPs' folders. keep: of each the number of layers that train.
     """
-    return resume_folder("freeze", f"{list(keep)} {batch_size} {device}", train, *clips, room("core"), room("clip"))
+    return resume_folder(
+        "freeze", f"{list(keep)} {freeze} {batch_size} {device}", train, *clips, room("core"), room("clip")
+    )
 
 
 def text_features(clip: Clip, prompts: Sequence[str], batch_size: int, device: str, folder: Path) -> Path:

@@ -1,12 +1,12 @@
-"""The sections `clip` and `embed_images` of params.yaml."""
+"""The sections `clip`, `embed_images` and `freeze` of params.yaml."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from img2prompt.core.params import Count, Section, Seed
+from img2prompt.core.params import Count, Positive, Section, Seed
 
 SAMPLES = ("lite0", "lite1", "lite2")  # towers of the sample's CLIPs: timm's tf_efficientnet_*, each in a pip package
 
@@ -68,3 +68,10 @@ class EmbedImagesParams(Section):
     """How CLIP is run over images and prompts."""
 
     batch_size: Count
+
+
+class FreezeParams(Section):
+    """Whether the output of frozen layers is stored; `auto`: where a CLIP's takes at most `limit` GB (10^9 bytes)."""
+
+    store: bool | Literal["auto"]
+    limit: Positive

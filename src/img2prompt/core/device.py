@@ -1,16 +1,100 @@
-"""The torch device: CUDA where it is available, else the CPU; the variable IMG2PROMPT_DEVICE overrides the choice."""
+"""The torch device, its mixed precision, and copies to and from it that nothing waits for."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 
 def device() -> str:
-    """The torch device to use; on any but the CPU, deterministic kernels are switched on."""
-    name = os.environ.get("IMG2PROMPT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The torch device to use: CUDA where it is, else the CPU, unless the variable IMG2PROMPT_DEVICE names another.
+
+    On CUDA only kernels are used of which the same inputs give the same bytes, where there are such.
+
+    Raises:
+        ValueError: the variable names a device that is not here.
+    """
+    here = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
+    name = os.environ.get("IMG2PROMPT_DEVICE") or ("cuda" if "cuda" in here else "cpu")
+    if name.partition(":")[0] not in here:
+        raise ValueError(f"IMG2PROMPT_DEVICE: {name!r} is not here; choose from {', '.join(here)}")
     if name != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+        # Of the fused kernels for attention, flash alone has gradients that repeat.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return name
+
+
+def on_cuda(device: str) -> bool:
+    """Whether the device is a CUDA GPU."""
+    return torch.device(device).type == "cuda"
+
+
+def half_precision(device: str) -> torch.dtype:
+    """What mixed precision computes in: bfloat16, which needs no loss scaling, and float16 on cards before Ampere."""
+    bf16 = on_cuda(device) and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def autocast(device: str, dtype: torch.dtype | None = None) -> torch.autocast:
+    """Mixed precision on CUDA, in `dtype` or `half_precision`; elsewhere none: CPUs run small towers faster in fp32."""
+    return torch.autocast("cuda", dtype or half_precision(device), enabled=on_cuda(device))
+
+
+def onto(batches: Iterable[Tensor], device: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """The batches in order, on the device, in float32.
+
+    CUDA gets the next one while one is worked on: another thread reads it and copies it, as `dtype` or as it is.
+    """
+    if not on_cuda(device):
+        for x in batches:
+            yield x.to(device, torch.float32)
+        return
+    side = torch.cuda.Stream(device)
+
+    def copies() -> Iterator[tuple[Tensor, torch.cuda.Event]]:
+        for x in batches:
+            pinned = torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
+            with torch.cuda.stream(side):
+                yield pinned.to(device, non_blocking=True), side.record_event()
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = copies()
+        ahead = pool.submit(next, coming, None)
+        while (copied := ahead.result()) is not None:
+            ahead = pool.submit(next, coming, None)
+            x, done = copied
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(done)
+            x.record_stream(stream)
+            yield x.float()
+
+
+def off(results: Iterable[Mapping[str, Tensor]], device: str) -> Iterator[dict[str, Tensor]]:
+    """The results in order, on the CPU; from CUDA each is copied while the next one is computed."""
+    if not on_cuda(device):
+        for found in results:
+            yield {name: value.cpu() for name, value in found.items()}
+        return
+    side = torch.cuda.Stream(device)
+    before: tuple[dict[str, Tensor], torch.cuda.Event] | None = None
+    for found in results:
+        side.wait_stream(torch.cuda.current_stream(device))
+        pinned = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in found.items()}
+        with torch.cuda.stream(side):
+            for name, value in found.items():
+                pinned[name].copy_(value, non_blocking=True)
+                value.record_stream(side)
+        if before:
+            before[1].synchronize()
+            yield before[0]
+        before = pinned, side.record_event()
+    if before:
+        before[1].synchronize()
+        yield before[0]

@@ -15,7 +15,7 @@ from torch import nn
 
 from img2prompt.clip.features import Images, stem
 from img2prompt.clip.model import Clip, load_clip, view
-from img2prompt.clip.towers import frozen, is_cut, projection, tower, unfrozen
+from img2prompt.clip.towers import frozen, projection, tower, unfrozen
 from img2prompt.core.rows import read_rows
 from img2prompt.model_a.inputs import Augmented, Drawn, Inputs, Stored
 from img2prompt.model_a.params import Augmentation, ModelAParams, Rates
@@ -80,26 +80,22 @@ class Features:
         """A copy of the layers that train."""
         return unfrozen(self.layers, self.unfreeze)
 
-    @property
-    def cut(self) -> bool:
-        """Whether the tower is cut into layers; else there is nothing to store, and all of it runs in every epoch."""
-        return is_cut(self.layers)
-
     @cached_property
     def pooled(self) -> np.ndarray:
         """V(x) of the train images by the untouched tower: (n, d) float32."""
         return np.load(self._embedded / "train_pooled.npy")
 
-    def stored_pooled(self) -> list[Inputs]:
+    def stored_pooled(self, device: str) -> list[Inputs]:
         """The stored V(x) of the train images, (b, d) a batch: an item for each view."""
-        return self._stored(self._embedded, "pooled")
+        return self._stored(self._embedded, "pooled", device)
 
     def inputs(self, augmentation: Augmentation, seed: int, device: str) -> list[Inputs]:
         """The inputs of the layers that train, one item for each view; `seed`: of the augmentation."""
         if not self.unfreeze and not augmentation.on:
-            return self.stored_pooled()
-        if self.cut and not augmentation.on:
-            return self._stored(self.outputs / f"freeze/{self.number}", "frozen")
+            return self.stored_pooled(device)
+        store = self.outputs / f"freeze/{self.number}"
+        if not augmentation.on and any(store.iterdir()):
+            return self._stored(store, "frozen", device)
         references = read_rows(self.outputs / "prepare/train.parquet", ["image"]).image
         transforms = [view(self.clip, seen) for seen in self.views]
         drawn: list[Images] = [
@@ -125,9 +121,9 @@ class Features:
     def _embedded(self) -> Path:
         return self.outputs / f"embed_images/{self.number}"
 
-    def _stored(self, folder: Path, name: str) -> list[Inputs]:
+    def _stored(self, folder: Path, name: str, device: str) -> list[Inputs]:
         files = [folder / f"{stem('train', seen)}_{name}.npy" for seen in self.views]
-        return [Stored(np.load(file, mmap_mode="r")) for file in files]
+        return [Stored(np.load(file, mmap_mode="r"), device) for file in files]
 
 
 @dataclass(frozen=True)

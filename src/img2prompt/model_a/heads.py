@@ -58,7 +58,8 @@ class LinearHead(nn.Module):
         self.wide = Wide(features, hidden, outputs) if hidden else None
         # Of use in training only, so in no file.
         self.register_buffer("start", start.weight.clone(), persistent=False)
-        weights = torch.stack([other.weight - start.weight for other in others]) if others else None
+        # The parts side by side: one product serves rows of all of them.
+        weights = torch.cat([other.weight - start.weight for other in others], dim=1) if others else None
         biases = torch.stack([other.bias - start.bias for other in others]) if others else None
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("biases", biases, persistent=False)
@@ -71,9 +72,9 @@ class LinearHead(nn.Module):
         x = self.dropout((features - self.mean) / self.std)
         found = self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
         if parts is not None:
-            for part in parts.unique().tolist():
-                rows = (parts == part).nonzero().squeeze(1)
-                found = found.index_add(0, rows, functional.linear(x[rows], self.weights[part], self.biases[part]))
+            of_part = functional.one_hot(parts, len(self.biases)).to(x.dtype)
+            own = (of_part[:, :, None] * x[:, None]).flatten(1)
+            found = found + functional.linear(own, self.weights) + self.biases[parts]
         return found
 
     def moved(self) -> Tensor:

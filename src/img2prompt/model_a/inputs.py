@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from img2prompt.clip.features import Images
+from img2prompt.clip.features import Images, frozen_pass, within_half
+from img2prompt.core.device import autocast, onto
 from img2prompt.model_a.params import Augmentation
 
 if TYPE_CHECKING:
@@ -21,19 +22,21 @@ class Inputs(Protocol):
     """The inputs of the layers that train, by row."""
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield (b, ...) float32 for each batch of row numbers; `epoch` seeds the augmentation, None is without."""
+        """Yield (b, ...) float32 on the device for each batch of row numbers.
+
+        `epoch` seeds the augmentation, None is without.
+        """
 
 
 class Stored:
     """Inputs computed once: an array, in memory or memory-mapped, with one entry for each row."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
+    def __init__(self, array: np.ndarray, device: str = "cpu") -> None:
+        self._array, self._device = array, device
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield (b, ...) float32."""
-        for batch in rows:
-            yield torch.from_numpy(self._array[batch]).float()
+        """Yield (b, ...) float32 on the device."""
+        return onto((torch.from_numpy(self._array[batch]) for batch in rows), self._device)
 
 
 class AnyImage:
@@ -103,14 +106,21 @@ class Augmented(Images):
 
 
 class Drawn:
-    """Inputs for training with augmentation: in each epoch, the augmented images run through the frozen layers."""
+    """Inputs that are not stored, as with augmentation: in each epoch the images run through the frozen layers."""
 
     def __init__(self, images: Images, frozen: nn.Module, device: str) -> None:
         self._images, self._frozen, self._device = images, frozen.to(device).eval(), device
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
-        """Yield (b, ...) float32, the frozen layers' output, for each batch of row numbers."""
-        for batch in self._images.batches(rows, epoch):
-            with torch.no_grad():
-                x = self._frozen(batch.to(self._device, memory_format=torch.channels_last))
-            yield x
+        """Yield (b, ...) float32 on the device, the frozen layers' output as it would be stored.
+
+        Raises:
+            ValueError: it is beyond half precision.
+        """
+        within = torch.ones((), dtype=torch.bool, device=self._device)
+        for x in onto(self._images.batches(rows, epoch), self._device, torch.float16):
+            with torch.no_grad(), autocast(self._device, torch.float16):
+                found = frozen_pass(self._frozen, x).half()
+            within &= found.isfinite().all()
+            yield found.float()
+        within_half(within)

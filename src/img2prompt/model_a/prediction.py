@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from img2prompt.core.device import autocast
 from img2prompt.model_a.inputs import Inputs
 
 
@@ -21,6 +22,8 @@ def predict(
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     parts = []
     for inputs in zip(*(view.batches(batches, None) for view in views), strict=True):
-        found = [functional.normalize(head(tower(x.to(device))).float()) for x in inputs]
-        parts.append(functional.normalize(sum(found)).cpu().numpy() if len(found) > 1 else found[0].cpu().numpy())
-    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+        with autocast(device):
+            found = [head(tower(x)).float() for x in inputs]
+        found = [functional.normalize(of_view) for of_view in found]
+        parts.append(functional.normalize(sum(found)) if len(found) > 1 else found[0])
+    return torch.cat(parts).cpu().numpy() if parts else np.empty((0, 0), np.float32)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from img2prompt.clip.model import Clip
 from img2prompt.clip.towers import tower, unfrozen
+from img2prompt.core.device import autocast
 from img2prompt.model_a.heads import HEADS, LinearHead
 from img2prompt.model_a.ridge import Ridge
 
@@ -90,7 +91,9 @@ class Trained:
             inputs = pooled if kind == "ridge" else frozen
             folds = []
             for model in models:
-                seen = [functional.normalize(model(x.float()).float()) for x in inputs]
+                with autocast(inputs[0].device.type):
+                    seen = [model(x.float()).float() for x in inputs]
+                seen = [functional.normalize(of_view) for of_view in seen]
                 folds.append(functional.normalize(sum(seen)) if len(seen) > 1 else seen[0])
             found[kind] = torch.stack(folds).mean(0)
         return found

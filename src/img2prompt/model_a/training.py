@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from img2prompt.clip.towers import checkpointed, groups
+from img2prompt.core.device import autocast, half_precision, on_cuda, onto
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import whole
 from img2prompt.model_a.heads import HEADS, LinearHead, PaperHead
@@ -181,11 +182,7 @@ class _Run:
         self.per_step = schedule.batch_size * schedule.accumulate
         self.steps_per_epoch = math.ceil(rows / self.per_step)
         self.steps = schedule.epochs * self.steps_per_epoch
-        # bf16 needs no loss scaling; cards before Ampere have only fp16. CPUs train small towers faster in fp32.
-        self.cuda = torch.device(device).type == "cuda"
-        bf16 = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.half = torch.bfloat16 if bf16 else torch.float16
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda and not bf16)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=on_cuda(device) and half_precision(device) is torch.float16)
         share = schedule.ema * self.steps
         self.average = ModelEmaV3(self.model, 1 - 1 / max(1.0, share)) if schedule.ema else None
         self.used = self.average.module if self.average else self.model
@@ -226,18 +223,17 @@ class _Run:
                 )
             ]
             last = {step: number for number, (step, _) in enumerate(micro)}
-            total = 0.0
+            losses: list[Tensor] = []
             self._train()
             batches = inputs.batches([seen[batch] for _, batch in micro], epoch)
-            for number, ((step, batch), x) in enumerate(zip(micro, batches, strict=True)):
-                of_part = None if parts is None else torch.from_numpy(parts[order[batch]]).to(self.device)
-                with torch.autocast("cuda", self.half, enabled=self.cuda):
-                    x = x.to(self.device)
+            wanted = onto((torch.from_numpy(targets[copy[batch], seen[batch]]) for _, batch in micro), self.device)
+            of_part = None if parts is None else torch.from_numpy(parts[order]).to(self.device)
+            for number, ((step, batch), x, target) in enumerate(zip(micro, batches, wanted, strict=True)):
+                with autocast(self.device):
                     x = checkpointed(self.tower, x) if schedule.grad_checkpointing else self.tower(x)
-                    predicted = self.head(x, of_part)
-                wanted = torch.from_numpy(targets[copy[batch], seen[batch]]).to(self.device)
-                loss = cosine_loss(predicted, wanted, schedule.mse)
-                total += loss.item()
+                    predicted = self.head(x, None if of_part is None else of_part[batch])
+                loss = cosine_loss(predicted, target, schedule.mse)
+                losses.append(loss.detach())
                 # The last step of an epoch may be smaller: every row weighs the same within its step.
                 loss = loss / min(self.per_step, len(order) - step * self.per_step)
                 if number == last[step] and schedule.pull:
@@ -252,7 +248,8 @@ class _Run:
                         return harmful
                     self._train()
             after = validation.cosines(self.used["tower"], self.used["head"])
-            self.history.append({"epoch": epoch + 1, "loss": total / len(order), "score": float(after.mean())})
+            loss = float(torch.stack(losses).cpu().double().sum()) / len(order)
+            self.history.append({"epoch": epoch + 1, "loss": loss, "score": float(after.mean())})
             gain = Gain.of(after - before, validation.groups)
             if gain.sure > self.best.gain.sure:
                 weights = {name: value.clone() for name, value in self.used.state_dict().items()}
