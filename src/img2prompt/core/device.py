@@ -14,3 +14,8 @@ def device() -> str:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     return name
+
+
+def tile(device: str | torch.device, on_cpu: tuple[int, int]) -> tuple[int, int]:
+    """How many rows are compared with how many at once: on the CPU as its caches like it, elsewhere to keep it busy."""
+    return on_cpu if torch.device(device).type == "cpu" else (8192, 65_536)  # 2 GB of float32
