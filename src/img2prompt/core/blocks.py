@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -51,3 +52,12 @@ class Stack:
     def take(self, rows: np.ndarray) -> Stack:
         """Some of its rows (m,), by number or as a mask."""
         return Stack(self._arrays, self._rows[rows])
+
+
+def save_rows(path: Path, rows: np.ndarray | Stack) -> None:
+    """Write what `np.save` would write of the rows as an array, block by block."""
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": rows.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in blocks(len(rows)):
+            file.write(np.ascontiguousarray(rows[part]))
