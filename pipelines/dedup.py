@@ -20,7 +20,7 @@ def main(dedup: DedupParams) -> None:
 
     stands_for.npy (n,) int64: of a dropped row the kept one that it is near, of a kept row itself, else -1.
     """
-    targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy") for name in ("train", "texts"))
+    targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy", mmap_mode="r") for name in ("train", "texts"))
     rows = read_rows(Path("outputs/prepare/train.parquet"), ["id", "source", "prompt"])
     threshold, scored = dedup.threshold, dedup.scored
     # Prompts without images come last: they are dropped for the images', never the other way round.

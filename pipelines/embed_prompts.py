@@ -41,7 +41,7 @@ def main(embed_prompts: EmbedPromptsParams, prepare: PrepareParams) -> None:
     parts |= {f"copy {number}": copy for number, copy in enumerate(copies)}
     key = [section.model, where, room("core"), room("prompts"), *("\0".join(prompts) for prompts in parts.values())]
     resume = resume_folder("embed_prompts", *key)
-    found = {name: encode(prompts, resume=resume / name) for name, prompts in parts.items()}
+    found = {name: encode(parts[name], resume=resume / name) for name in ("train", "texts")}
     test: list[PromptedScene] = []
     test_targets = found["train"][:0]
     if (train.source == "sample").any():
@@ -53,8 +53,12 @@ def main(embed_prompts: EmbedPromptsParams, prepare: PrepareParams) -> None:
     with whole_folder(Path("outputs/embed_prompts")) as out:
         np.save(out / "train.npy", found["train"])
         np.save(out / "texts.npy", found["texts"])
-        augmented = np.array([found[f"copy {number}"] for number in range(len(copies))], np.float32)
-        np.save(out / "augmented.npy", augmented.reshape(-1, *found["train"].shape))
+        # Copy by copy, on disk: each is as large as the targets.
+        augmented = np.lib.format.open_memmap(
+            out / "augmented.npy", "w+", np.float32, (len(copies), *found["train"].shape)
+        )
+        for number, copy in enumerate(copies):
+            augmented[number] = encode(copy, resume=resume / f"copy {number}")
         table = {"prompt": [row.prompt for row in test], "scene": [scene_to_json(row.scene) for row in test]}
         pd.DataFrame(table, dtype=object).to_parquet(out / "sample_test.parquet", index=False)
         np.save(out / "sample_test.npy", test_targets)

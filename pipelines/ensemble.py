@@ -25,7 +25,7 @@ def main(ensemble: EnsembleParams) -> None:
     alpha.csv: the best score out of fold at each share of Model A's family. oof.parquet: a row a train image, a column
     a model with the cosine of its out-of-fold prediction.
     """
-    targets = np.load(OUTPUTS / "embed_prompts/train.npy")
+    targets = np.load(OUTPUTS / "embed_prompts/train.npy", mmap_mode="r")
     rows = read_rows(OUTPUTS / "prepare/train.parquet", ["source", "id"])
     table = pd.read_parquet(OUTPUTS / "folds/folds.parquet")
     fold, ids = table.fold.to_numpy(), np.unique(table.fold).tolist()
@@ -41,7 +41,7 @@ def main(ensemble: EnsembleParams) -> None:
     for place, name in enumerate(names):
         kind, clip = kind_of(name)
         if kind in ("linear", "model_a"):
-            heads = (models[name_of(head, clip)][scored] for head in ("linear", "model_a"))
+            heads = (models[name_of(head, clip)].take(scored) for head in ("linear", "model_a"))
             spread[place] = heads_spread(*heads, len(ids))
     weights = search_weights(members[scored].averaged(spread), family, alpha)
     mean_oof, mean = constant(targets, fold, ids, kept)

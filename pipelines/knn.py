@@ -26,7 +26,7 @@ def main(knn: KnnParams) -> None:
     with whole_folder(Path("outputs/knn")) as out:
         for embedded in numbered(Path("outputs/embed_images")):
             images, prompts, texts = (
-                np.load(embedded / f"{name}.npy") for name in ("train_image", "train_text", "texts_text")
+                np.load(embedded / f"{name}.npy", mmap_mode="r") for name in ("train_image", "train_text", "texts_text")
             )
             found = fit(
                 queries=images,
@@ -52,7 +52,7 @@ def main(knn: KnnParams) -> None:
             found.search_table.to_csv(folder / "search.csv", index=False)
             for kind, neighbours in found.neighbours.items():
                 k = found.bank.choice.settings[kind].k
-                np.save(folder / f"oof_{kind}_rows.npy", neighbours.index[:, :k].astype(np.int32))
+                np.save(folder / f"oof_{kind}_rows.npy", neighbours.index[:, :k])
                 np.save(folder / f"oof_{kind}_distances.npy", neighbours.distance[:, :k])
             print(f"clip {embedded.name}: {found.bank.choice}")
 

@@ -79,16 +79,49 @@ def test_a_giant_chain_raises_the_threshold_as_far_as_needed():
 @pytest.mark.parametrize("pending", [0, 1000, 10**6])
 def test_the_forest_has_the_components_of_the_graph_at_every_threshold(monkeypatch, pending):
     monkeypatch.setattr(folds, "PENDING", pending)
-    for module in (dedup, folds):
-        monkeypatch.setattr(module, "BLOCK", 50)
-        monkeypatch.setattr(module, "TILE", 120)
+    monkeypatch.setattr(dedup, "BLOCK", 50)
+    monkeypatch.setattr(dedup, "TILE", 120)
     rng = np.random.default_rng(5)
     rows = rng.standard_normal((400, 6))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    forest = similarity_forest(rows, 0.7)
+    forest = similarity_forest(rows, 0.7, 0.95)
     assert len(forest[0]) < len(rows)
-    for threshold in (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99):
+    assert forest[2].max() == 0.95
+    for threshold in (0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
         np.testing.assert_array_equal(components(len(rows), forest, threshold), union_find(rows, threshold))
+
+
+def test_of_many_copies_few_pairs_are_looked_at(monkeypatch):
+    monkeypatch.setattr(folds, "PENDING", 1000)
+    monkeypatch.setattr(dedup, "BLOCK", 50)
+    monkeypatch.setattr(dedup, "TILE", 120)
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((20, 384))[rng.integers(20, size=2000)]
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    looked, exact = [], folds.exact_cosines
+    monkeypatch.setattr(folds, "exact_cosines", lambda a, i, b, j: looked.append(len(i)) or exact(a, i, b, j))
+    forest = similarity_forest(rows, 0.7, 0.95)
+    np.testing.assert_array_equal(components(2000, forest, 0.95), union_find(rows, 0.95))
+    # 2,000 rows have some 100,000 pairs of equals.
+    assert sum(looked) == 0
+    assert len(forest[0]) == 1980
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_largest_cosine_across_folds_where_the_threshold_rose(monkeypatch, given):
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((300, 4))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    cosine = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    passes, search = [], folds.max_cosine
+    monkeypatch.setattr(folds, "max_cosine", lambda *args: passes.append(1) or search(*args))
+    # Folds that the data come with part rows that are nearer than any threshold.
+    wanted = np.arange(300) % 2 if given else np.full(300, np.nan)
+    found = make_folds(rows, [0, 1], 0.7, 0.97, seed=0, given=wanted)
+    assert found.group_threshold > 0.7
+    cosine[found.fold[:, None] == found.fold] = -1
+    assert found.max_cross_fold_cosine == pytest.approx(cosine.max(), abs=1e-12)
+    assert len(passes) == given
 
 
 def test_only_a_giant_group_makes_the_limit_matter():

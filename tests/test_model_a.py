@@ -13,13 +13,17 @@ from img2prompt.cli.check import load_params
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.towers import tower as tower_of
 from img2prompt.clip.towers import unfrozen
+from img2prompt.core import blocks as core_blocks
+from img2prompt.core.blocks import Stack
+from img2prompt.core.metric import cosine
+from img2prompt.model_a import ridge as module
 from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Stored
 from img2prompt.model_a.prediction import predict
 from img2prompt.model_a.ridge import Ridge, TextPrior, refit, ridge
 from img2prompt.model_a.training import LOWER, Schedule, Start, cosine_loss, fit, give_back, parameter_groups, train
-from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, validation_rows
+from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, draw_groups, validation_rows
 
 rng = np.random.default_rng(0)
 FEATURES = rng.normal(2, 3, (120, 12)).astype(np.float32)
@@ -198,6 +202,76 @@ def test_copies_in_a_group_make_the_regression_stronger():
     alone, grouped = ridge(*tensors), ridge(*tensors, np.arange(30).repeat(3))
     assert alone.score > 0.9 > grouped.score
     assert grouped.strength > 10 * alone.strength
+
+
+def text_prior(rows, words):
+    """The prior of a rotation of the features and of texts, the first of which are those of the rows."""
+    values = np.random.default_rng(4)
+    texts = FEATURES[:, :4] @ values.normal(size=(4, 4)) + values.normal(size=(120, 4))
+    return TextPrior(texts[words].astype(np.float32), TARGETS[words], np.eye(12, 4, dtype=np.float32))
+
+
+class Counted(np.ndarray):
+    """An array that knows the most rows that were read of it at once."""
+
+    most = 0
+
+    def __getitem__(self, key):
+        found = np.asarray(super().__getitem__(key))
+        Counted.most = max(Counted.most, len(found))
+        return found
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:9]])  # more rows than features, and fewer
+@pytest.mark.parametrize("prior", [False, True])
+def test_blocks_of_rows_give_the_same_regression(monkeypatch, rows, prior):
+    groups, words = rows // 3, np.concatenate([rows, UNSEEN])
+    args = FEATURES[rows], TARGETS[rows], groups, text_prior(rows, words) if prior else None
+    whole = ridge(*args)
+    masks = [rows % 3 == 1, rows < 3, rows < 0]
+    others = refit(whole, *args[:2], masks)
+    monkeypatch.setattr(core_blocks, "BLOCK", 7)
+    blocked = ridge(Stack([FEATURES], rows), Stack([TARGETS], rows), groups, args[3])
+    again = refit(whole, Stack([FEATURES], rows), Stack([TARGETS], rows), masks)
+    assert (whole.share > 0) == prior
+    for one, two in ((whole, blocked), (whole, again[2]), *zip(others, again, strict=True)):
+        assert (one.strength, one.share) == (two.strength, two.share)
+        assert torch.allclose(one.weight, two.weight, atol=1e-6)
+        assert torch.allclose(one.bias, two.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_of_many_rows_some_whole_groups_choose_and_all_are_fitted(monkeypatch, prior):
+    from sklearn.linear_model import Ridge as Reference
+
+    groups = ROWS // 3
+    monkeypatch.setattr(module, "CHOOSING", 40)
+    monkeypatch.setattr(core_blocks, "BLOCK", 7)
+    monkeypatch.setattr(Counted, "most", 0)
+    texts = text_prior(ROWS, np.arange(120)) if prior else None
+    found = ridge(FEATURES[ROWS].view(Counted), TARGETS[ROWS].view(Counted), groups, texts)
+    assert 37 < Counted.most <= 40
+    drawn = draw_groups(groups, 40, 0)
+    assert all(len(set(drawn[groups == group])) == 1 for group in groups)
+    x, shift = (FEATURES[ROWS] - found.mean.numpy()) / found.std.numpy(), np.zeros((6, 12))
+    shift = found.prior.numpy() if prior else shift
+    if not prior:
+        cosines = []
+        for group in np.unique(groups[drawn]):
+            own, others = drawn & (groups == group), drawn & (groups != group)
+            predicted = Reference(alpha=found.strength).fit(x[others], TARGETS[ROWS][others]).predict(x[own])
+            cosines += cosine(predicted, TARGETS[ROWS][own]).tolist()
+        assert found.score == pytest.approx(np.mean(cosines), abs=1e-6)
+    reference = Reference(alpha=found.strength).fit(x.astype(np.float64), TARGETS[ROWS] - x @ shift.T)
+    assert np.allclose(found.weight, reference.coef_ + shift, atol=1e-5)
+    assert np.allclose(found.bias, reference.intercept_, atol=1e-5)
+
+
+def test_groups_too_large_to_be_drawn_whole_choose_by_some_of_their_rows(monkeypatch):
+    monkeypatch.setattr(module, "CHOOSING", 40)
+    chosen = module._chosen(ROWS // 50)
+    assert len(set(chosen)) == 40
+    assert set(chosen // 50) == {0, 1}
 
 
 def test_ridge_of_noise_is_the_mean_target():

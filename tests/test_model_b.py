@@ -40,7 +40,7 @@ def brute_force(queries, keys, k):
 def small_blocks():
     """Blocks so small that a few rows cross every seam."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "GATHERED": 500, "SLACK": 2}.items():
+        for name, size in {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "SWEEP": 2, "GATHERED": 500, "SLACK": 2}.items():
             patch.setattr(neighbours, name, size)
         yield
 
@@ -55,7 +55,7 @@ def test_nearest_is_brute_force(n, m, dim, data):
         found = nearest(queries, keys, k)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-7)
-    assert (found.index.dtype, found.distance.dtype) == (np.int64, np.float32)
+    assert (found.index.dtype, found.distance.dtype) == (np.int32, np.float32)
 
 
 @pytest.mark.parametrize("k", [1, 5, 60, 100])

@@ -98,3 +98,8 @@ def off(results: Iterable[Mapping[str, Tensor]], device: str) -> Iterator[dict[s
     if before:
         before[1].synchronize()
         yield before[0]
+
+
+def tile(device: str | torch.device, on_cpu: tuple[int, int]) -> tuple[int, int]:
+    """How many rows are compared with how many at once: on the CPU as its caches like it, elsewhere to keep it busy."""
+    return on_cpu if torch.device(device).type == "cpu" else (8192, 65_536)  # 2 GB of float32

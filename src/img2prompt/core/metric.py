@@ -4,38 +4,43 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import bootstrap
 
+from img2prompt.core.blocks import Stack, blocks
 
-def _norms(x: np.ndarray) -> np.ndarray:
+
+def _norms(x: np.ndarray, first: int) -> np.ndarray:
     """Norms of the rows of (n, d), summed in float64; refuses a row that has no direction."""
     norms = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
     bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
     if len(bad):
         raise ValueError(
-            f"row {bad[0]} has norm {norms[bad[0]]} ({len(bad)} of {len(x)} rows have no direction): "
+            f"row {first + bad[0]} has norm {norms[bad[0]]} ({len(bad)} of {len(x)} rows have no direction): "
             "drop such rows or look for the stage that left them"
         )
     return norms
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray, first: int = 0) -> np.ndarray:
     """The rows of (n, d) scaled to norm 1; floats keep their dtype, integers become float64.
 
-    Raises ValueError naming the first row that is all zeros or not finite.
+    Raises ValueError naming the first row that is all zeros or not finite; `first`: the number of row 0.
     """
     x = np.asarray(x)
     x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)
-    return x / _norms(x).astype(x.dtype)[:, None]
+    return x / _norms(x, first).astype(x.dtype)[:, None]
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cosine(a: np.ndarray | Stack, b: np.ndarray | Stack, first: int = 0) -> np.ndarray:
     """Cosine of each row of a (n, d) with the same row of b (n, d): (n,) float64, eq. 7. Norms do not matter.
 
-    Raises ValueError when the shapes differ or a row is all zeros or not finite.
+    Raises ValueError when the shapes differ or a row is all zeros or not finite; `first`: the number of row 0.
     """
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.ndim != 2:  # einsum would broadcast a single row silently
+    if a.shape != b.shape or len(a.shape) != 2:  # einsum would broadcast a single row silently
         raise ValueError(f"cosine compares row by row: shapes {a.shape} and {b.shape} are not two equal (n, d)")
-    return np.einsum("ij,ij->i", a, b, dtype=np.float64) / (_norms(a) * _norms(b))
+    found = np.empty(len(a))
+    for rows in blocks(len(a)):
+        x, y, number = a[rows], b[rows], first + rows.start
+        found[rows] = np.einsum("ij,ij->i", x, y, dtype=np.float64) / (_norms(x, number) * _norms(y, number))
+    return found
 
 
 def bootstrap_interval(

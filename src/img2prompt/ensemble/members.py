@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from img2prompt.core.blocks import Stack
 from img2prompt.core.storage import numbered
 from img2prompt.ensemble.params import EnsembleParams
 
@@ -30,22 +30,18 @@ def members_of(section: EnsembleParams, clips: int) -> list[str]:
     return [name_of(kind, clip) for kind in section.members for clip in wanted]
 
 
-def read_oof(outputs: Path, fold: np.ndarray) -> dict[str, np.ndarray]:
+def read_oof(outputs: Path, fold: np.ndarray) -> dict[str, Stack]:
     """Every model's out-of-fold predictions by name, (n, 384) float32, norm 1, of every CLIP in a folder of outputs.
 
-    fold (n,) int64. Only the folds that it names are read: one that was removed leaves its files behind.
+    They stay on disk. fold (n,) int64. Only the folds that it names are read: one that was removed leaves its files
+    behind.
     """
-    found = {}
+    rows = np.empty(len(fold), dtype=np.int64)  # where a row is in the folds' predictions, one below the other
+    rows[np.argsort(fold, kind="stable")] = np.arange(len(fold))
+    folders, found = [outputs / f"model_a/fold_{held_out}" for held_out in np.unique(fold)], {}
     for clip in range(len(numbered(outputs / "knn"))):
         for kind in MODEL_A:
-            found[name_of(kind, clip)] = _joined(outputs, f"{clip}/{kind}_oof.npy", fold, np.unique(fold).tolist())
-        found[name_of("model_b", clip)] = np.load(outputs / f"knn/{clip}/oof.npy")
+            parts = [np.load(folder / f"{clip}/{kind}_oof.npy", mmap_mode="r") for folder in folders]
+            found[name_of(kind, clip)] = Stack(parts, rows)
+        found[name_of("model_b", clip)] = Stack([np.load(outputs / f"knn/{clip}/oof.npy", mmap_mode="r")])
     return found
-
-
-def _joined(outputs: Path, file: str, fold: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    parts = [np.load(outputs / f"model_a/fold_{held_out}" / file) for held_out in ids]
-    oof = np.empty((len(fold), parts[0].shape[1]), np.float32)
-    for held_out, part in zip(ids, parts, strict=True):
-        oof[fold == held_out] = part
-    return oof

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import LinearConstraint, minimize
 
+from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.metric import cosine, unit
 
 TIE = 1e-12  # scores closer than this differ by rounding only
@@ -36,13 +37,18 @@ class Cosines:
     gram: np.ndarray  # (n, m, m): the members' dot products with one another, at norm 1
 
     @classmethod
-    def between(cls, members: Sequence[np.ndarray], targets: np.ndarray) -> Cosines:
+    def between(cls, members: Sequence[np.ndarray | Stack], targets: np.ndarray | Stack) -> Cosines:
         """The cosines of members and targets, (n, d) each; ValueError for a row that is all zeros or not finite."""
-        to_target = np.stack([cosine(member, targets) for member in members], axis=1)
-        gram = np.ones((len(targets), len(members), len(members)))
-        for i in range(len(members)):
-            for j in range(i):
-                gram[:, i, j] = gram[:, j, i] = cosine(members[i], members[j])
+        if len({len(rows) for rows in (targets, *members)}) > 1:
+            raise ValueError(f"rows differ: {len(targets)} targets, members of {[len(member) for member in members]}")
+        n, m = len(targets), len(members)
+        to_target, gram = np.empty((n, m)), np.ones((n, m, m))
+        for rows in blocks(n):
+            own = [member[rows] for member in members]
+            for i in range(m):
+                to_target[rows, i] = cosine(own[i], targets[rows], rows.start)
+                for j in range(i):
+                    gram[rows, i, j] = gram[rows, j, i] = cosine(own[i], own[j], rows.start)
         return cls(to_target, gram)
 
     def __getitem__(self, rows: np.ndarray) -> Cosines:
@@ -80,7 +86,7 @@ class Cosines:
         return np.maximum(squared, 1e-12)
 
 
-def heads_spread(first: np.ndarray, second: np.ndarray, k: int) -> float:
+def heads_spread(first: np.ndarray | Stack, second: np.ndarray | Stack, k: int) -> float:
     """How much shorter than 1, squared, the mean of k folds' models of a head will be, told from two heads out of fold.
 
     first, second (n, d), norm 1: predictions of two heads that were trained on the same rows in other orders. What they

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.model_selection import GroupKFold
 from torch import nn
 
 from img2prompt.clip.features import Images, stem
 from img2prompt.clip.model import Clip, load_clip, view
 from img2prompt.clip.towers import frozen, projection, tower, unfrozen
+from img2prompt.core.blocks import Stack
 from img2prompt.core.rows import read_rows
 from img2prompt.model_a.inputs import Augmented, Drawn, Inputs, Stored
 from img2prompt.model_a.params import Augmentation, ModelAParams, Rates
@@ -42,16 +42,16 @@ class TrainRows:
     def read(cls, outputs: Path) -> TrainRows:
         """Read the stages' files in a folder of outputs."""
         prompts = outputs / "embed_prompts"
-        targets = np.load(prompts / "train.npy")
+        plain, augmented = (np.load(prompts / f"{name}.npy", mmap_mode="r") for name in ("train", "augmented"))
         table = pd.read_parquet(outputs / "folds/folds.parquet")
         return cls(
-            targets=np.concatenate([targets[None], np.load(prompts / "augmented.npy")]),
+            targets=np.concatenate([plain[None], augmented]),
             fold=table.fold.to_numpy(),
             group=table.group.to_numpy(),
             kept=np.load(outputs / "dedup/kept.npy"),
             scored=np.load(outputs / "dedup/scored.npy"),
             stands_for=np.load(outputs / "dedup/stands_for.npy"),
-            texts_targets=np.load(prompts / "texts.npy"),
+            texts_targets=np.load(prompts / "texts.npy", mmap_mode="r"),
             texts_kept=np.load(outputs / "dedup/texts_kept.npy"),
             texts_near=np.load(outputs / "folds/texts_near.npy"),
         )
@@ -82,8 +82,8 @@ class Features:
 
     @cached_property
     def pooled(self) -> np.ndarray:
-        """V(x) of the train images by the untouched tower: (n, d) float32."""
-        return np.load(self._embedded / "train_pooled.npy")
+        """V(x) of the train images by the untouched tower: (n, d) float32, mapped from disk."""
+        return np.load(self._embedded / "train_pooled.npy", mmap_mode="r")
 
     def stored_pooled(self, device: str) -> list[Inputs]:
         """The stored V(x) of the train images, (b, d) a batch: an item for each view."""
@@ -111,11 +111,11 @@ class Features:
             ValueError: CLIP's projection is not linear.
         """
         near = rows.texts_near[:, np.isin(np.unique(rows.fold), unseen)].any(axis=1)
-        more = rows.texts_kept & ~near
-        texts = [np.load(self._embedded / "train_text.npy")[training], np.load(self._embedded / "texts_text.npy")[more]]
-        spoken = [rows.targets[0, training], rows.texts_targets[more]]
+        wanted = np.concatenate([training, len(rows.fold) + np.flatnonzero(rows.texts_kept & ~near)])
+        texts = [np.load(self._embedded / f"{name}_text.npy", mmap_mode="r") for name in ("train", "texts")]
+        spoken = [rows.targets[0], rows.texts_targets]
         matrix = projection(self.clip.model.visual, self.pooled.shape[1])
-        return TextPrior(*(torch.from_numpy(np.concatenate(parts)) for parts in (texts, spoken)), matrix)
+        return TextPrior(Stack(texts, wanted), Stack(spoken, wanted), matrix)
 
     @property
     def _embedded(self) -> Path:
@@ -156,7 +156,7 @@ class Fold:
                 parts[fitted[members]] = part
                 without.append(watch | (parts[training] == part))
         prior = self.features.text_prior(self.rows, training, self.unseen) if settings.pretrain else None
-        data = torch.from_numpy(self.features.pooled[training]), torch.from_numpy(self.rows.targets[0, training])
+        data = Stack([self.features.pooled], training), Stack([self.rows.targets[0]], training)
         whole = ridge(*data, groups[training], prior)
         # Standardisation, strength and prior know the validation rows, so these think a little too well of the start.
         inner, *others = refit(whole, *data, without)

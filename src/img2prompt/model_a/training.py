@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from img2prompt.clip.towers import checkpointed, groups
+from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.device import autocast, half_precision, on_cuda, onto
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import whole
@@ -405,7 +406,7 @@ def train(
         lr_head=rates.lr_head,
         layer_decay=settings.layer_decay,
         mse=settings.mse,
-        pull=settings.pull * start.inner.strength / len(rows) / _size(start.inner, pooled[rows]),
+        pull=settings.pull * start.inner.strength / len(rows) / _size(start.inner, Stack([pooled], rows)),
         ema=settings.ema,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
@@ -435,10 +436,13 @@ def give_back(head: nn.Module, start: dict[str, Tensor], whole: dict[str, Tensor
             value.copy_(whole[name] + (value - start[name]))
 
 
-def _size(start: Ridge, pooled: np.ndarray) -> float:
+def _size(start: Ridge, pooled: Stack) -> float:
     """The mean norm of the regression's predictions: the cosine's gradient is the squared error's, divided by it."""
-    x = (torch.from_numpy(pooled) - start.mean) / start.std
-    return float((x @ start.weight.T + start.bias).norm(dim=1).mean())
+    total = 0.0
+    for rows in blocks(len(pooled)):
+        x = (torch.from_numpy(pooled[rows]) - start.mean) / start.std
+        total += float((x @ start.weight.T + start.bias).norm(dim=1).sum())
+    return total / len(pooled)
 
 
 def _floor(targets: np.ndarray, rows: np.ndarray, watch: np.ndarray) -> float:

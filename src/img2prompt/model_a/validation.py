@@ -15,23 +15,29 @@ from img2prompt.model_a.prediction import predict
 LINE = (0.2, 0.4, 0.6, 0.8)  # the points between start and end that are tried, as shares of the way
 
 
-def validation_rows(rows: np.ndarray, groups: np.ndarray, limit: int, seed: Sequence[int]) -> np.ndarray:
-    """Which of the training rows (m,) validate, as a mask: whole groups at random, at most `limit` and a fifth of them.
-
-    A group that does not fit is passed over. None where fewer than two groups fit: one alone tells nothing.
+def draw_groups(groups: np.ndarray, limit: int, seed: int | Sequence[int]) -> np.ndarray:
+    """A mask (m,) of whole groups at random, at most `limit` rows: a group that does not fit is passed over.
 
     Args:
         groups: (m,) int, equal for similar prompts.
         seed: of the choice.
     """
-    limit = min(limit, len(rows) // 5)
-    names, own, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    taken, count = np.zeros(len(names), dtype=bool), 0
-    for place in np.random.default_rng(seed).permutation(len(names)):
+    _, own, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    taken, count = np.zeros(len(sizes), dtype=bool), 0
+    for place in np.random.default_rng(seed).permutation(len(sizes)):
         if count + sizes[place] <= limit:
             taken[place] = True
             count += sizes[place]
-    return taken[own] if taken.sum() > 1 else np.zeros(len(rows), dtype=bool)
+    return taken[own]
+
+
+def validation_rows(rows: np.ndarray, groups: np.ndarray, limit: int, seed: Sequence[int]) -> np.ndarray:
+    """Which of the training rows (m,) validate, as a mask: whole groups at random, at most `limit` and a fifth of them.
+
+    None where fewer than two groups fit: one alone tells nothing. Args: as `draw_groups`.
+    """
+    drawn = draw_groups(groups, min(limit, len(rows) // 5), seed)
+    return drawn if len(np.unique(groups[drawn])) > 1 else np.zeros(len(rows), dtype=bool)
 
 
 @dataclass(frozen=True)

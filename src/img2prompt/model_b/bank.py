@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from img2prompt.core.blocks import Stack, save_rows
 from img2prompt.core.storage import read_json, write_json
 from img2prompt.ensemble.weights import mix
 from img2prompt.model_b.neighbours import Neighbours, nearest
@@ -45,7 +46,7 @@ class Bank:
     eps, coef: of eq. 4.
     """
 
-    keys: Mapping[str, np.ndarray]
+    keys: Mapping[str, np.ndarray | Stack]
     targets: np.ndarray
     rows: np.ndarray
     choice: Choice
@@ -67,7 +68,7 @@ class Bank:
     def save(self, folder: Path) -> None:
         """Write {kind}_keys.npy, targets.npy, rows.npy and choice.json."""
         for kind, keys in self.keys.items():
-            np.save(folder / f"{kind}_keys.npy", keys)
+            save_rows(folder / f"{kind}_keys.npy", keys)
         np.save(folder / "targets.npy", self.targets)
         np.save(folder / "rows.npy", self.rows)
         write_json(folder / "choice.json", asdict(self.choice) | {"eps": self.eps, "coef": self.coef})

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
 
+from img2prompt.core.blocks import Stack
 from img2prompt.ensemble.weights import Cosines, search_weights
 from img2prompt.model_b.bank import Bank, Choice, Setting
 from img2prompt.model_b.neighbours import Neighbours, nearest
@@ -49,14 +51,14 @@ class KnnResult:
 
 
 def _out_of_fold(
-    queries: np.ndarray, keys: np.ndarray, fold: np.ndarray, usable: Mapping[int, np.ndarray], k: int, device: str
+    queries: np.ndarray, keys: Stack, fold: np.ndarray, usable: Mapping[int, np.ndarray], k: int, device: str
 ) -> Neighbours:
     """The k neighbours (n, k) of every query among the keys (m, d) that are usable for its fold: fold -> (m,) bool."""
-    index = np.empty((len(queries), k), dtype=np.int64)
+    index = np.empty((len(queries), k), dtype=np.int32)
     distance = np.empty((len(queries), k), dtype=np.float32)
     for held_out, mask in usable.items():
-        rows, bank = np.flatnonzero(fold == held_out), np.flatnonzero(mask)
-        found = nearest(queries[rows], keys[bank], k, device)
+        rows, bank = np.flatnonzero(fold == held_out), np.flatnonzero(mask).astype(np.int32)
+        found = nearest(Stack([queries], rows), keys.take(bank), k, device)
         index[rows], distance[rows] = bank[found.index], found.distance
     return Neighbours(index, distance)
 
@@ -98,62 +100,71 @@ def fit(
         raise ValueError(f"train rows differ: {[len(part) for part in parts]} in queries, targets, .., the bank")
     usable = {kind: {f: kept & (fold != f) for f in np.unique(fold).tolist()} for kind in kinds}
     rows = np.flatnonzero(kept)
-    if texts is not None and "text" in kinds:
-        bank = {**bank, "text": np.concatenate([bank["text"], texts.keys])}
-        more = {f: texts.kept & ~texts.near[f] for f in usable["text"]}
-        usable["text"] = {f: np.concatenate([mask, more[f]]) for f, mask in usable["text"].items()}
-        rows = np.flatnonzero(np.concatenate([kept, texts.kept]))
-    every = targets if texts is None else np.concatenate([targets, texts.targets])
+    stacks = {kind: [bank[kind]] for kind in kinds}
+    every = targets
+    if texts is not None and len(texts.kept):
+        every = np.concatenate([targets, texts.targets])
+        if "text" in kinds:
+            stacks["text"].append(texts.keys)
+            more = {f: texts.kept & ~texts.near[f] for f in usable["text"]}
+            usable["text"] = {f: np.concatenate([mask, more[f]]) for f, mask in usable["text"].items()}
+            rows = np.flatnonzero(np.concatenate([kept, texts.kept]))
     bank_size = min(int(mask.sum()) for masks in usable.values() for mask in masks.values())
     if not bank_size:
         raise ValueError("a fold has no kept rows outside it to be neighbours: two folds or more need kept rows")
     wanted = K_GRID if k == "search" else (int(k),)
     ks = tuple(sorted({min(size, bank_size) for size in wanted}))
     dims = DISTANCE_DIM_GRID if distance_dim == "search" else (float(distance_dim),)
+    # The rows that choose: for a held-out fold those of the others, for new images (None) all.
+    judges = {held_out: scored & (fold != held_out) for held_out in np.unique(fold).tolist()} | {None: scored}
+    if not all(mask.any() for mask in judges.values()):
+        raise ValueError("no scored rows outside the held-out fold to choose k and distance_dim on")
 
-    neighbours = {kind: _out_of_fold(queries, bank[kind], fold, usable[kind], ks[-1], device) for kind in kinds}
-    scores = {kind: grid_scores(neighbours[kind], every, targets, ks, dims, eps, coef, device) for kind in kinds}
-    predicted: dict[tuple[str, Setting], np.ndarray] = {}  # most folds agree on the setting
-
-    def predict(kind: str, setting: Setting) -> np.ndarray:
-        if (kind, setting) not in predicted:
-            predicted[kind, setting] = regress(
-                neighbours[kind], every, setting.k, setting.distance_dim, eps, coef, device
-            )
-        return predicted[kind, setting]
-
-    def choose(rows: np.ndarray) -> Choice:
-        if not rows.any():
-            raise ValueError("no scored rows outside the held-out fold to choose k and distance_dim on")
-        settings = {}
-        for kind in kinds:
-            mean = scores[kind][rows].mean(axis=0, dtype=np.float64)
+    neighbours, table = {}, []
+    settings: dict[int | None, dict[str, Setting]] = {held_out: {} for held_out in judges}
+    for kind in kinds:
+        found = _out_of_fold(queries, Stack(stacks[kind]), fold, usable[kind], ks[-1], device)
+        scores = grid_scores(found, every, targets, ks, dims, eps, coef, device)
+        for held_out, mask in judges.items():
+            mean = scores.mean(axis=0, dtype=np.float64, where=mask[:, None, None])
             best_k, best_dim = np.unravel_index(mean.argmax(), mean.shape)
-            settings[kind] = Setting(ks[best_k], dims[best_dim])
+            settings[held_out][kind] = Setting(ks[best_k], dims[best_dim])
+        table += [
+            (kind, size, power, scores[scored, i, j].mean(dtype=np.float64))
+            for i, size in enumerate(ks)
+            for j, power in enumerate(dims)
+        ]
+        longest = max(own[kind].k for own in settings.values())  # the rest, of many rows the most, has done its part
+        neighbours[kind] = Neighbours(found.index[:, :longest].copy(), found.distance[:, :longest].copy())
+        del found, scores
+
+    @cache  # most folds agree on the setting
+    def predict(kind: str, setting: Setting) -> np.ndarray:
+        return regress(neighbours[kind], every, setting.k, setting.distance_dim, eps, coef, device)
+
+    @cache
+    def cosines(image: Setting, text: Setting) -> Cosines:
+        return Cosines.between([predict("image", image), predict("text", text)], targets)
+
+    def choose(held_out: int | None) -> Choice:
+        own = settings[held_out]
         if keys != "both":
-            return Choice(settings, float(keys == "image"))
-        image, text = predict("image", settings["image"]), predict("text", settings["text"])
-        shares = search_weights(Cosines.between([image[rows], text[rows]], targets[rows]))
-        return Choice(settings, float(shares[0]))
+            return Choice(own, float(keys == "image"))
+        shares = search_weights(cosines(own["image"], own["text"])[judges[held_out]])
+        return Choice(own, float(shares[0]))
 
     oof, fold_choices = np.empty((len(queries), targets.shape[1]), dtype=np.float32), {}
     for held_out in np.unique(fold).tolist():
         own = fold == held_out
-        choice = fold_choices[held_out] = choose(scored & ~own)
+        choice = fold_choices[held_out] = choose(held_out)
         oof[own] = choice.mixed({kind: predict(kind, setting)[own] for kind, setting in choice.settings.items()})
 
-    table = [
-        (kind, size, power, scores[kind][scored, i, j].mean(dtype=np.float64))
-        for kind in kinds
-        for i, size in enumerate(ks)
-        for j, power in enumerate(dims)
-    ]
     # Of the rows of the bank, those of train images come first: image keys are as many.
-    stored = {kind: bank[kind][rows if kind == "text" else np.flatnonzero(kept)] for kind in kinds}
+    stored = {kind: Stack(stacks[kind], rows if kind == "text" else np.flatnonzero(kept)) for kind in kinds}
     return KnnResult(
         oof,
         fold_choices,
         pd.DataFrame(table, columns=["keys", "k", "distance_dim", "score"]),
         neighbours,
-        Bank(stored, every[rows], rows.astype(np.int32), choose(scored), eps, coef),
+        Bank(stored, every[rows], rows.astype(np.int32), choose(None), eps, coef),
     )

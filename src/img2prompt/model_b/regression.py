@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from img2prompt.core.blocks import blocks
 from img2prompt.core.metric import unit
 from img2prompt.core.progress import progress
-from img2prompt.model_b.neighbours import GATHERED, Neighbours, on_device
+from img2prompt.model_b.neighbours import GATHERED, Neighbours, double, on_device
 
 
 def _relative_weights(distance: torch.Tensor, distance_dim: torch.Tensor, eps: float, coef: float) -> torch.Tensor:
@@ -55,18 +56,19 @@ def regress(
     """
     if not 1 <= k <= neighbours.index.shape[1]:
         raise ValueError(f"k={k}, but {neighbours.index.shape[1]} neighbours were searched")
-    share = weights(neighbours.distance[:, :k], distance_dim, eps, coef)
-    # embedding_bag sums the weighted rows as it reads them: targets[index] alone would be n * k * 384 floats.
-    return unit(
-        F.embedding_bag(
-            torch.from_numpy(neighbours.index[:, :k]).to(device),
-            on_device(targets, device),
+    _check_formula(distance_dim, eps, coef)
+    rows_of, found = on_device(targets, device), np.empty((len(neighbours.index), targets.shape[1]), np.float32)
+    for rows in blocks(len(found)):
+        share = weights(neighbours.distance[rows, :k], distance_dim, eps, coef)
+        # embedding_bag sums the weighted rows as it reads them: targets[index] alone would be n * k * 384 floats.
+        mean = F.embedding_bag(
+            torch.from_numpy(neighbours.index[rows, :k]).to(device),
+            rows_of,
             mode="sum",
             per_sample_weights=on_device(share, device),
         )
-        .cpu()
-        .numpy()
-    )
+        found[rows] = unit(mean.cpu().numpy(), rows.start)
+    return found
 
 
 def grid_scores(
@@ -87,18 +89,19 @@ def grid_scores(
     """
     for distance_dim in distance_dims:
         _check_formula(distance_dim, eps, coef)
-    targets, own = on_device(targets, device), on_device(unit(own), device)
-    powers = torch.tensor(distance_dims, dtype=torch.float64, device=device)[:, None]
+    targets = on_device(targets, device)
+    powers = double(torch.tensor(distance_dims, device=device))[:, None]
     scores = np.empty((len(own), len(ks), len(distance_dims)), dtype=np.float32)
     step = max(1, 4 * GATHERED // (ks[-1] * targets.shape[1]))
     for start in progress(range(0, len(own), step), "search k and distance_dim"):
         rows = slice(start, start + step)
         index = torch.from_numpy(neighbours.index[rows, : ks[-1]]).to(device)
-        distance = torch.from_numpy(neighbours.distance[rows, : ks[-1]]).to(device)
+        distance = double(torch.from_numpy(neighbours.distance[rows, : ks[-1]]).to(device))
+        own_rows = on_device(unit(own[rows], start), device)
         gathered = targets[index]  # (step, k, 384)
-        weight = _relative_weights(distance[:, None], powers, eps, coef).float()  # (step, dims, k)
+        weight = _relative_weights(distance[:, None], powers, eps, coef).float().to(device)  # (step, dims, k)
         total = targets.new_zeros(len(index), len(distance_dims), targets.shape[1])
         for column, (low, high) in enumerate(zip((0, *ks), ks, strict=False)):
             total.baddbmm_(weight[:, :, low:high], gathered[:, low:high])
-            scores[rows, column] = F.cosine_similarity(total, own[rows, None], dim=2).cpu()
+            scores[rows, column] = F.cosine_similarity(total, own_rows[:, None], dim=2).cpu()
     return scores

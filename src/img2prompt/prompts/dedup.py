@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from img2prompt.core.device import tile
 from img2prompt.core.progress import progress
 
-BLOCK, TILE = 512, 4096  # rows decided in one step, rows they are compared with at once: 4 to 8 MB of scores
+BLOCK, TILE = 512, 4096  # on the CPU, rows decided in one step and those they are compared with: 4 to 8 MB of scores
 CHUNK = 256  # pairs a float64 step gathers: both sides stay in the L2 cache
 # How far a fast product may be from the cosine. bf16 rounds both factors, the product and the limit that it
 # is compared with by 2**-9 each: 0.008. A device that computes fp32 products in TF32 stays below it as well.
@@ -32,13 +33,18 @@ class Deduplication:
 
 
 class FastCosines:
-    """Finds the pairs of rows whose cosine may exceed a limit, in fp32 or bf16: whichever is faster here."""
+    """Finds the pairs of rows whose cosine may exceed a limit, in fp32 or bf16: whichever is faster here.
+
+    block, tile: how many rows to compare with how many at once.
+    """
 
     def __init__(self, rows: np.ndarray, device: str | torch.device = "cpu") -> None:
         """`rows`: (n, d) float32 at norm 1, or a sample of them to time the two precisions with."""
         self.device = torch.device(device)
+        self.block, self.tile = tile(device, (BLOCK, TILE))
         self.dtype = min((torch.float32, torch.bfloat16), key=lambda dtype: self._seconds(rows, dtype))
-        self.scores = torch.empty(BLOCK * TILE, dtype=self.dtype, device=self.device)  # reused: a fresh one page-faults
+        # Reused: a fresh one page-faults.
+        self.scores = torch.empty(self.block * self.tile, dtype=self.dtype, device=self.device)
 
     def cast(self, rows: np.ndarray) -> torch.Tensor:
         """(m, d) float32 to the same rows in the fast precision, on the device."""
@@ -47,8 +53,8 @@ class FastCosines:
     def pairs(self, block: torch.Tensor, tile: torch.Tensor, limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All (i, j, score) with a cosine above `limit`, and some within 2 * MARGIN below it, by i, then j.
 
-        `block`: (b, d), `tile`: (t, d), both from `cast`, b * t <= BLOCK * TILE. i, j: (m,) int64 row numbers
-        within them; score: (m,) float32, within MARGIN of the cosine.
+        `block`: (b, d), `tile`: (t, d), both from `cast`, b and t at most self.block and self.tile. i, j: (m,) int64
+        row numbers within them; score: (m,) float32, within MARGIN of the cosine.
         """
         out = self.scores[: len(block) * len(tile)].view(len(block), len(tile))
         scores = torch.mm(block, tile.T, out=out)
@@ -58,7 +64,7 @@ class FastCosines:
         return loud[i].cpu().numpy(), j.cpu().numpy(), scores[i, j].float().cpu().numpy()
 
     def _seconds(self, rows: np.ndarray, dtype: torch.dtype) -> float:
-        block, tile = (torch.from_numpy(rows[:size]).to(self.device, dtype) for size in (BLOCK, TILE))
+        block, tile = (torch.from_numpy(rows[:size]).to(self.device, dtype) for size in (self.block, self.tile))
         out = torch.empty(len(block), len(tile), dtype=dtype, device=self.device)
         times = []
         for _ in range(6):  # the first warms up; the shortest time is the least disturbed
@@ -148,12 +154,12 @@ def deduplicate(
     bank = torch.empty(embeddings.shape, dtype=fast.dtype, device=fast.device)
     banked = 0
 
-    for start in progress(range(0, n, BLOCK), "dedup", unit="block"):
-        stop = min(start + BLOCK, n)
+    for start in progress(range(0, n, fast.block), "dedup", unit="block"):
+        stop = min(start + fast.block, n)
         block = fast.cast(embeddings[start:stop])
-        for first in range(0, banked, TILE):
-            # In steps of BLOCK, zero rows at the end: each new shape costs the CPU library a new kernel.
-            width = min(TILE, -(banked - first) // BLOCK * -BLOCK)
+        for first in range(0, banked, fast.tile):
+            # In steps of a block, zero rows at the end: each new shape costs the CPU library a new kernel.
+            width = min(fast.tile, -(banked - first) // fast.block * -fast.block)
             i, j, score = fast.pairs(block, bank[first : first + width], levels[0])
             if not len(i):
                 continue
@@ -185,7 +191,7 @@ def deduplicate(
         bank_row[banked : banked + len(stay)] = start + stay
         bank[banked : banked + len(stay)] = block[torch.from_numpy(stay).to(fast.device)]
         banked += len(stay)
-        bank[banked : banked + BLOCK] = 0
+        bank[banked : banked + fast.block] = 0
 
     dropped = np.flatnonzero(alive & asked == 0)
     duplicates = {"dropped": dropped, "kept": nearest[dropped], "cosine": nearest_cosine[dropped]}
@@ -217,10 +223,10 @@ def max_cosine(
     fast = FastCosines(a, device)
     tiles = fast.cast(b)
     best = exact_cosines(a, np.zeros(len(b), dtype=np.int64), b, np.arange(len(b))).max()
-    for start in progress(range(0, len(a), BLOCK), "largest cosine", unit="block"):
-        block = fast.cast(a[start : start + BLOCK])
-        for first in range(0, len(b), TILE):
-            i, j, score = fast.pairs(block, tiles[first : first + TILE], best)
+    for start in progress(range(0, len(a), fast.block), "largest cosine", unit="block"):
+        block = fast.cast(a[start : start + fast.block])
+        for first in range(0, len(b), fast.tile):
+            i, j, score = fast.pairs(block, tiles[first : first + fast.tile], best)
             if len(i):
                 near = score >= score.max() - 2 * MARGIN
                 best = max(best, exact_cosines(a, start + i[near], b, first + j[near]).max())

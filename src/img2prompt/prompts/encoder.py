@@ -42,7 +42,6 @@ class Encoder:
         if not distinct:
             return np.empty((0, self._model.get_embedding_dimension()), np.float32)
         lengths = self._lengths(distinct)
-        embeddings = np.empty((len(distinct), self._model.get_embedding_dimension()), np.float32)
         batches = [
             rows[start : start + batch_size]
             for length in np.unique(lengths)
@@ -50,13 +49,18 @@ class Encoder:
             for start in range(0, len(rows), batch_size)
         ]
         if resume is None:
-            found = np.concatenate([result["prompts"] for result in self._embed(distinct, batches)])
+            found, done = np.empty((len(distinct), self._model.get_embedding_dimension()), np.float32), 0
+            for result in self._embed(distinct, batches):
+                found[done : done + len(result["prompts"])] = result["prompts"]
+                done += len(result["prompts"])
         else:
             files = grow(resume, batches, lambda left: self._embed(distinct, left))
-            found = np.load(files["prompts"])
-        embeddings[np.concatenate(batches)] = found
-        place = {text: row for row, text in enumerate(distinct)}
-        return embeddings[[place[text] for text in texts]]
+            found = np.load(files["prompts"], mmap_mode="r")
+        # Where each text is among the results, which are in the batches' order.
+        order = np.empty(len(distinct), dtype=np.int64)
+        order[np.concatenate(batches)] = np.arange(len(distinct))
+        place = dict(zip(distinct, order.tolist(), strict=True))
+        return np.asarray(found[np.fromiter((place[text] for text in texts), np.int64, len(texts))])
 
     @torch.inference_mode()
     def _embed(self, texts: list[str], batches: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:

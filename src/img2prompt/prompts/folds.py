@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from img2prompt.core.progress import progress
-from img2prompt.prompts.dedup import BLOCK, TILE, FastCosines, check_rows, exact_cosines, max_cosine
+from img2prompt.prompts.dedup import MARGIN, FastCosines, check_rows, exact_cosines, max_cosine
 
 STEP = 0.01  # by which the threshold rises: a coarse step stays the same after small changes of the data
 FEW = 30  # rows whose mean cosine has a standard error of some 0.03: more than most ideas are worth
-PENDING = 1_000_000  # edges held beside the forest: about 100 MB while they are reduced
+PENDING = 4_000_000  # edges held beside the forest: about 400 MB while they are reduced
+LEVELS = 8  # cosines at which it is known which rows the forest joins: most pairs of many similar rows are no news
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +49,49 @@ def components(n: int, edges: Edges, threshold: float) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
-def similarity_forest(embeddings: np.ndarray, threshold: float) -> Edges:
-    """A maximum spanning forest of the graph of all pairs with cosine >= threshold.
+def similarity_forest(
+    embeddings: np.ndarray, threshold: float, highest: float, device: str | torch.device = "cpu"
+) -> Edges:
+    """A maximum spanning forest of the graph of all pairs with cosine >= threshold; cosines above `highest` become it.
 
-    Two rows are joined by edges of at least t in the graph if and only if they are so in the forest, for any
-    t from the threshold up: one pass and O(n) memory serve every such t. `embeddings`: (n, d) float32 at norm 1.
+    Two rows are joined by edges of at least t in the graph if and only if they are so in the forest, for any t from
+    the threshold to the highest: one pass and O(n) memory serve every such t. `embeddings`: (n, d) float32 at norm 1.
     """
     n = len(embeddings)
-    fast = FastCosines(embeddings)
+    fast = FastCosines(embeddings, device)
     rows = fast.cast(embeddings)
-    parts, held = [], 0
-    for start in progress(range(0, n, BLOCK), "folds", unit="block"):
-        stop = min(start + BLOCK, n)
-        for first in range(0, stop, TILE):
-            i, j, _ = fast.pairs(rows[start:stop], rows[first : min(first + TILE, stop)], threshold)
+    levels = np.linspace(threshold, highest, LEVELS)
+    # By level, labels of rows: those of one label are joined by edges of at least the level.
+    joined = np.tile(np.arange(n, dtype=np.int32), (LEVELS, 1))
+    parts, held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))], 0
+    for start in progress(range(0, n, fast.block), "folds", unit="block"):
+        stop = min(start + fast.block, n)
+        for first in range(0, stop, fast.tile):
+            i, j, score = fast.pairs(rows[start:stop], rows[first : min(first + fast.tile, stop)], threshold)
             i, j = start + i, first + j
-            i, j = i[i > j], j[i > j]
-            cosine = exact_cosines(embeddings, i, embeddings, j)
+            # Of rows that are joined by edges as strong as this pair can be, it is not needed, nor its cosine.
+            level = np.searchsorted(levels[:-1], score + MARGIN)
+            news = np.flatnonzero((i > j) & (joined[level, i] != joined[level, j]))
+            if not len(news):
+                continue
+            # Nor is more than one pair above the highest between a row and those of one label.
+            sure = score[news] - MARGIN >= highest
+            _, one = np.unique(i[news[sure]] * n + joined[-1, j[news[sure]]], return_index=True)
+            doubtful, sure = news[~sure], news[sure][one]
+            cosine = np.minimum(exact_cosines(embeddings, i[doubtful], embeddings, j[doubtful]), highest)
+            cosine = np.concatenate([cosine, np.full(len(sure), highest)])
             edge = cosine >= threshold
-            parts.append((i[edge], j[edge], cosine[edge]))
-            held += edge.sum()
+            kept = np.concatenate([doubtful, sure])[edge]
+            i, j, cosine = i[kept], j[kept], cosine[edge]
+            parts.append((i, j, cosine))
+            for own, at_least in zip(joined, levels, strict=True):
+                strong = cosine >= at_least
+                own[i[strong]] = own[j[strong]]
+            held += len(i)
             if held > PENDING:
                 parts, held = [spanning_forest(n, parts)], 0
+                for own, at_least in zip(joined, levels, strict=True):
+                    own[:] = components(n, parts[0], at_least)
     return spanning_forest(n, parts)
 
 
@@ -80,6 +103,7 @@ def make_folds(
     seed: int,
     given: np.ndarray | None = None,
     scored: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
 ) -> Folds:
     """Rows with a cosine of at least `threshold`, directly or through others, share a fold.
 
@@ -103,7 +127,8 @@ def make_folds(
         raise ValueError(f"folds.threshold: give a cosine above 0, not {threshold}")
 
     n = len(embeddings)
-    forest = similarity_forest(embeddings, threshold)
+    highest = max(threshold, max_threshold)
+    forest = similarity_forest(embeddings, threshold, highest, device)
     group = components(n, forest, threshold)
     scored = np.ones(n, dtype=bool) if scored is None else scored
     while np.bincount(group[scored]).max() > scored.sum() / len(ids) and threshold < max_threshold:
@@ -141,7 +166,12 @@ def make_folds(
             f"folds.ids: no row that is scored is in {missing}: take them out, or raise folds.threshold, so that "
             "groups of similar prompts are smaller"
         )
-    return Folds(fold, group, threshold, max_cosine(embeddings, embeddings, fold, fold))
+    # Where the forest has edges between folds, the strongest pair of two folds is among them.
+    i, j, cosine = forest
+    strongest = cosine[fold[i] != fold[j]].max(initial=0.0)
+    if not 0 < strongest < highest:
+        strongest = max_cosine(embeddings, embeddings, fold, fold, device)
+    return Folds(fold, group, threshold, float(strongest))
 
 
 def few_scored(fold: np.ndarray) -> str:
@@ -156,19 +186,33 @@ def few_scored(fold: np.ndarray) -> str:
 
 
 def near_folds(
-    texts: np.ndarray, embeddings: np.ndarray, fold: np.ndarray, ids: Sequence[int], threshold: float
+    texts: np.ndarray,
+    embeddings: np.ndarray,
+    fold: np.ndarray,
+    ids: Sequence[int],
+    threshold: float,
+    device: str | torch.device = "cpu",
 ) -> np.ndarray:
     """(t, folds) bool: whether a text has a cosine of at least `threshold` with a row of each fold of `ids`.
 
     A model trained on such a text would be scored too well on the fold, as if it had seen the fold's own prompts.
     `texts`: (t, d), `embeddings`: (n, d), both float32 at norm 1. `fold`: (n,) int64.
     """
-    near = np.zeros((len(texts), len(ids)), dtype=bool)
-    for start in progress(range(0, len(texts), BLOCK), "texts", unit="block"):
-        block = texts[start : start + BLOCK]
-        for place, fold_id in enumerate(ids):
-            rows = embeddings[fold == fold_id]
-            for first in range(0, len(rows), TILE):
-                cosine = block @ rows[first : first + TILE].T
-                near[start : start + BLOCK, place] |= (cosine >= threshold - 1e-6).any(axis=1)
-    return near
+    near = np.zeros((len(texts), len(ids) + 1), dtype=bool)  # the last column is of rows in no fold of ids
+    if not len(texts) or not len(embeddings):
+        return near[:, :-1]
+    column = np.full(len(fold), len(ids))
+    for place, fold_id in enumerate(ids):
+        column[fold == fold_id] = place
+    fast = FastCosines(embeddings, device)
+    rows, limit = fast.cast(embeddings), threshold - 1e-6
+    for start in progress(range(0, len(texts), fast.block), "texts", unit="block"):
+        block = fast.cast(texts[start : start + fast.block])
+        for first in range(0, len(rows), fast.tile):
+            i, j, _ = fast.pairs(block, rows[first : first + fast.tile], limit)
+            i, j = start + i, first + j
+            news = ~near[i, column[j]]
+            i, j = i[news], j[news]
+            hit = exact_cosines(texts, i, embeddings, j) >= limit
+            near[i[hit], column[j[hit]]] = True
+    return near[:, :-1]

@@ -27,7 +27,8 @@ def facts(outputs: Path, rows: pd.DataFrame, targets: np.ndarray, near: float) -
     }
     if len(targets):
         prompts, pairs = outputs / "embed_prompts", outputs / "clip/pairs.npy"
-        seen = {"train": np.concatenate([np.load(prompts / "train.npy"), np.load(prompts / "texts.npy")])}
+        parts = [np.load(prompts / f"{name}.npy", mmap_mode="r") for name in ("train", "texts")]
+        seen = {"train": np.concatenate(parts)}
         if pairs.is_file():
             seen["clip_pair"] = np.load(pairs)
         found["test"]["max_train_cosine"] = max_cosine(targets, seen["train"])
