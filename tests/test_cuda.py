@@ -1,6 +1,7 @@
 """What only a GPU shows; skipped where there is none."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,15 +49,6 @@ def test_copies_are_in_order_and_whole(cuda):
     assert list(off(iter([]), cuda)) == []
 
 
-def test_an_error_while_reading_ahead_is_raised(cuda):
-    def broken():
-        yield torch.zeros(2)
-        raise OSError("images/7.png: truncated")
-
-    with pytest.raises(OSError, match="truncated"):
-        list(onto(broken(), cuda))
-
-
 def learned(kind, device, resume, count=2, checkpoints=False, stored=True):
     """Train the last blocks of a small vision transformer of timm's and predict."""
     torch.manual_seed(0)
@@ -87,7 +79,9 @@ def learned(kind, device, resume, count=2, checkpoints=False, stored=True):
 
 
 def test_training_with_attention_repeats_byte_for_byte(cuda, tmp_path):
-    found = [learned(f"run {n}", cuda, tmp_path, checkpoints=n == 2) for n in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a kernel that may give other bytes
+        found = [learned(f"run {n}", cuda, tmp_path, checkpoints=n == 2) for n in range(3)]
     assert np.array_equal(found[0], found[1])
     assert np.allclose(found[0], found[2], atol=2e-3)
 

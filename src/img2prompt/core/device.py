@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 def device() -> str:
     """The torch device to use: CUDA where it is, else the CPU, unless the variable IMG2PROMPT_DEVICE names another.
 
-    On CUDA only kernels are used of which the same inputs give the same bytes, where there are such.
+    On CUDA kernels are used of which the same inputs give the same bytes, where there are such; others warn.
 
     Raises:
         ValueError: the variable names a device that is not here.
@@ -25,7 +29,7 @@ def device() -> str:
     if name != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-        # Of the fused kernels for attention, flash alone has gradients that repeat.
+        # Of the fused kernels for attention, flash alone has gradients that repeat, if it is asked for them.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     return name
@@ -47,6 +51,36 @@ def autocast(device: str, dtype: torch.dtype | None = None) -> torch.autocast:
     return torch.autocast("cuda", dtype or half_precision(device), enabled=on_cuda(device))
 
 
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in order; a thread gets the next one while one is worked on, and its errors are raised here."""
+    asked, answers, end = SimpleQueue(), SimpleQueue(), object()
+
+    def answer() -> None:
+        coming = iter(items)
+        while asked.get():
+            try:
+                answers.put((next(coming, end), None))
+            except BaseException as error:
+                answers.put((end, error))
+
+    # Not an executor's thread: processes that are forked from one, as those that read images, end with an error.
+    reader = Thread(target=answer, daemon=True)
+    reader.start()
+    try:
+        asked.put(True)
+        while True:
+            item, error = answers.get()
+            if error:
+                raise error
+            if item is end:
+                return
+            asked.put(True)
+            yield item
+    finally:
+        asked.put(False)
+        reader.join()
+
+
 def onto(batches: Iterable[Tensor], device: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
     """The batches in order, on the device, in float32.
 
@@ -62,18 +96,15 @@ def onto(batches: Iterable[Tensor], device: str, dtype: torch.dtype | None = Non
         for x in batches:
             pinned = torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
             with torch.cuda.stream(side):
-                yield pinned.to(device, non_blocking=True), side.record_event()
+                there = pinned.to(device, non_blocking=True)
+                copied = side.record_event()
+            yield there, copied
 
-    with ThreadPoolExecutor(1) as pool:
-        coming = copies()
-        ahead = pool.submit(next, coming, None)
-        while (copied := ahead.result()) is not None:
-            ahead = pool.submit(next, coming, None)
-            x, done = copied
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(done)
-            x.record_stream(stream)
-            yield x.float()
+    for x, copied in ahead(copies()):
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(copied)
+        x.record_stream(stream)
+        yield x.float()
 
 
 def off(results: Iterable[Mapping[str, Tensor]], device: str) -> Iterator[dict[str, Tensor]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -141,17 +142,18 @@ def fit(
     start = {name: value.clone() for name, value in nn.ModuleDict({"tower": tower, "head": head}).state_dict().items()}
     before = validation.cosines(tower, head)
     lowered = {"tower": 0, "head": 0}
-    while True:
-        run = _Run(tower, head, schedule, len(rows), start, lowered, device)
-        if resume.is_file():
-            run.load(resume)
-            lowered = run.lowered
-        harmful = run.epochs(inputs, targets, rows, resume, validation, before, what, parts, draw)
-        if harmful is None:
-            break
-        resume.unlink(missing_ok=True)
-        lowered = {name: count + (name in harmful) for name, count in lowered.items()}
-        nn.ModuleDict({"tower": tower, "head": head}).load_state_dict(start)
+    with _repeatable(tower, head, validation, parts, what):
+        while True:
+            run = _Run(tower, head, schedule, len(rows), start, lowered, device)
+            if resume.is_file():
+                run.load(resume)
+                lowered = run.lowered
+            harmful = run.epochs(inputs, targets, rows, resume, validation, before, what, parts, draw)
+            if harmful is None:
+                break
+            resume.unlink(missing_ok=True)
+            lowered = {name: count + (name in harmful) for name, count in lowered.items()}
+            nn.ModuleDict({"tower": tower, "head": head}).load_state_dict(start)
     choice, weights = run.best, run.best_weights
     end = {name: value.clone() for name, value in run.used.state_dict().items()}
     for share in LINE:
@@ -163,6 +165,30 @@ def fit(
         weights = blend(start, end, choice.share)
     run.model.load_state_dict(weights)
     return run.history, replace(choice, lowered_tower=lowered["tower"], lowered_head=lowered["head"])
+
+
+@contextmanager
+def _repeatable(
+    tower: nn.Module, head: nn.Module, validation: Validation, parts: np.ndarray | None, what: str
+) -> Iterator[None]:
+    """In the block, CUDA's gradients are the same bytes in every run; where that cannot be had, a line says so."""
+    if on_cuda(validation.device):
+        torch.use_deterministic_algorithms(True)
+        x = next(iter(validation.inputs.batches([validation.rows[:2]], None)))
+        of_part = None if parts is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        try:
+            with autocast(validation.device):
+                head(tower(x), of_part).sum().backward()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            print(f"{what}: another run may end with other bytes: {str(error).splitlines()[0]}")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        for parameter in [*tower.parameters(), *head.parameters()]:
+            parameter.grad = None
+    yield
+    if on_cuda(validation.device):
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class _Run:
