@@ -7,16 +7,19 @@ from scipy.stats import bootstrap
 from img2prompt.core.blocks import Stack, blocks
 
 
-def _norms(x: np.ndarray, first: int) -> np.ndarray:
-    """Norms of the rows of (n, d), summed in float64; refuses a row that has no direction."""
-    norms = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
-    bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
+def norms(x: np.ndarray, first: int) -> np.ndarray:
+    """Norms of the rows of (n, d), summed in float64: (n,).
+
+    Raises ValueError naming the first row that is all zeros or not finite; `first`: the number of row 0.
+    """
+    found = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
+    bad = np.flatnonzero(~((found > 0) & np.isfinite(found)))
     if len(bad):
         raise ValueError(
-            f"row {first + bad[0]} has norm {norms[bad[0]]} ({len(bad)} of {len(x)} rows have no direction): "
+            f"row {first + bad[0]} has norm {found[bad[0]]} ({len(bad)} of {len(x)} rows have no direction): "
             "drop such rows or look for the stage that left them"
         )
-    return norms
+    return found
 
 
 def unit(x: np.ndarray, first: int = 0) -> np.ndarray:
@@ -26,7 +29,7 @@ def unit(x: np.ndarray, first: int = 0) -> np.ndarray:
     """
     x = np.asarray(x)
     x = x if np.issubdtype(x.dtype, np.floating) else x.astype(np.float64)
-    return x / _norms(x, first).astype(x.dtype)[:, None]
+    return x / norms(x, first).astype(x.dtype)[:, None]
 
 
 def cosine(a: np.ndarray | Stack, b: np.ndarray | Stack, first: int = 0) -> np.ndarray:
@@ -39,7 +42,7 @@ def cosine(a: np.ndarray | Stack, b: np.ndarray | Stack, first: int = 0) -> np.n
     found = np.empty(len(a))
     for rows in blocks(len(a)):
         x, y, number = a[rows], b[rows], first + rows.start
-        found[rows] = np.einsum("ij,ij->i", x, y, dtype=np.float64) / (_norms(x, number) * _norms(y, number))
+        found[rows] = np.einsum("ij,ij->i", x, y, dtype=np.float64) / (norms(x, number) * norms(y, number))
     return found
 
 

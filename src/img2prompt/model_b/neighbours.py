@@ -7,7 +7,7 @@ import torch
 
 from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.device import tile
-from img2prompt.core.metric import unit
+from img2prompt.core.metric import norms
 from img2prompt.core.progress import progress
 
 QUERY_BLOCK, KEY_BLOCK = 1024, 32_768  # on the CPU, a tile of similarities: 128 MB
@@ -62,8 +62,10 @@ class _UnitRows:
     """Rows (n, d) at norm 1, float32 tensors: scaled as they are read on the CPU, held by other devices."""
 
     def __init__(self, rows: np.ndarray | Stack, device: str) -> None:
-        self._rows, self._held = rows, None
+        self._rows, self._held = rows if isinstance(rows, Stack) else Stack([rows]), None
         self.shape = rows.shape
+        parts = [norms(self._rows[part], part.start) for part in blocks(len(rows))]
+        self._norms = np.concatenate([np.empty(0), *parts]).astype(rows.dtype)
         if torch.device(device).type != "cpu":
             self._held = torch.cat([self[part].to(device) for part in blocks(len(rows))])
 
@@ -75,9 +77,10 @@ class _UnitRows:
         """Rows as a tensor of their own, (..., d)."""
         if self._held is not None:
             return self._held[rows]
-        found = self._rows[rows if isinstance(rows, slice) else rows.numpy()]
-        first = rows.start if isinstance(rows, slice) else 0
-        return on_device(unit(found.reshape(-1, found.shape[-1]), first), "cpu").view(found.shape)
+        rows = rows if isinstance(rows, slice) else rows.numpy()
+        found = self._rows[rows]  # a copy
+        found /= self._norms[rows][..., None]
+        return on_device(found, "cpu")
 
 
 def _nearest(
@@ -148,10 +151,9 @@ def _distances(queries: torch.Tensor, keys: _UnitRows, index: torch.Tensor) -> t
     Equal keys get equal distances to the last bit, and those close to 0 keep their precision, unlike 2 - 2*dot.
     """
     step = max(1, GATHERED // (index.shape[1] * keys.shape[1]))
-    mode = "donot_use_mm_for_euclid_dist"
-    return torch.cat(
-        [
-            torch.cdist(double(queries[rows, None]), double(keys[index[rows]]), compute_mode=mode)[:, 0]
-            for rows in blocks(len(queries), step)
-        ]
-    )
+    gathered = double(queries.new_empty(step, index.shape[1], keys.shape[1]))  # reused: a fresh one page-faults
+    mode, found = "donot_use_mm_for_euclid_dist", []
+    for rows in blocks(len(queries), step):
+        own = gathered[: rows.stop - rows.start].copy_(keys[index[rows]])
+        found.append(torch.cdist(double(queries[rows, None]), own, compute_mode=mode)[:, 0])
+    return torch.cat(found)

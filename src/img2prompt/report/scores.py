@@ -25,7 +25,7 @@ def known_cosines(
     known = rows.prompt.notna().to_numpy()
     found = rows.loc[known, ["source", "id"]].assign(split="test", fold=-1, group=0, scored=True)
     if len(targets):
-        found["group"] = components(len(targets), similarity_forest(targets, threshold), threshold)
+        found["group"] = components(len(targets), similarity_forest(targets, threshold, threshold), threshold)
     for name, predicted in predictions.items():
         found[name] = (cosine(predicted[known], targets) if len(targets) else np.empty(0)).astype(np.float32)
     return found
