@@ -102,3 +102,12 @@ def test_augmented_inputs_run_through_the_frozen_layers(references, tiny_clip):
     assert torch.allclose(plain, expected, atol=1e-3, rtol=1e-3)
     (augmented,) = inputs.batches([np.array([1, 0])], 0)
     assert not torch.allclose(augmented, expected, atol=1e-3)
+
+
+def test_reading_images_leaves_dropouts_random_numbers_alone(references, tiny_clip):
+    images = Images(references, load_clip(tiny_clip, "cpu").transform)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(images.batches([np.array([0, 1])]))
+    assert torch.equal(torch.rand(3), expected)

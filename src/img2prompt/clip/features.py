@@ -50,7 +50,8 @@ class Images(Dataset):
         """Yield (b, 3, size, size) float32 for each batch of row numbers; worker processes read ahead."""
         keys = [[(int(row), epoch) for row in batch] for batch in rows]
         workers = min(torch.get_num_threads(), 16) if sum(map(len, rows)) > 256 else 0
-        yield from DataLoader(self, batch_sampler=keys, num_workers=workers)
+        # A generator of its own: to seed the workers it would draw from torch's, and dropout would be another.
+        yield from DataLoader(self, batch_sampler=keys, num_workers=workers, generator=torch.Generator())
 
 
 def stem(split: str, seen: str) -> str:
