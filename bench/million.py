@@ -93,9 +93,9 @@ def knn(load: Callable[[str], np.ndarray]) -> str:
     keys, targets = load("image"), load("targets")
     queries = np.arange(0, len(keys), max(1, len(keys) // QUERIES))[:QUERIES]
     found = nearest(Stack([keys], queries), keys, K)
-    scores = grid_scores(found, targets, targets[queries], K_GRID, DISTANCE_DIM_GRID, 1e-6, 1.0)
+    grid_scores(found, targets, targets[queries], K_GRID, DISTANCE_DIM_GRID, 1e-6, 1.0)
     regress(found, targets, 100, 4.0, 1e-6, 1.0)
-    return f"{len(queries)} queries, score {scores.mean(axis=0).max():.3f}"
+    return f"{len(queries)} queries"
 
 
 def ensemble(load: Callable[[str], np.ndarray]) -> str:
