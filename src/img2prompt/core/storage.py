@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,26 +105,35 @@ def grow(
             files[name] = (folder / f"{name}.npy").open("r+b")
             files[name].truncate(size)
             files[name].seek(size)
-        saved = time.monotonic()
-        for arrays in results(batches[done:]) if done < len(batches) else ():
-            for name, array in arrays.items():
-                if name not in files:
-                    files[name] = (folder / f"{name}.npy").open("wb")
-                    header = {"descr": array.dtype.str, "fortran_order": False, "shape": (total, *array.shape[1:])}
-                    np.lib.format.write_array_header_1_0(files[name], header)
-                files[name].write(np.ascontiguousarray(array))
-            done += 1
-            if done == len(batches) or time.monotonic() - saved > seconds:
-                for file in files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-                with whole(state) as path:
-                    write_json(path, {"batches": done, "sizes": {name: file.tell() for name, file in files.items()}})
-                saved = time.monotonic()
+        with ThreadPoolExecutor(1) as beside:  # results need not wait for the disk
+            saved, saving = time.monotonic(), beside.submit(int)
+            for arrays in results(batches[done:]) if done < len(batches) else ():
+                for name, array in arrays.items():
+                    if name not in files:
+                        files[name] = (folder / f"{name}.npy").open("wb")
+                        header = {"descr": array.dtype.str, "fortran_order": False, "shape": (total, *array.shape[1:])}
+                        np.lib.format.write_array_header_1_0(files[name], header)
+                    files[name].write(np.ascontiguousarray(array))
+                done += 1
+                if done == len(batches) or time.monotonic() - saved > seconds:
+                    saving.result()
+                    for file in files.values():
+                        file.flush()
+                    sizes = {name: file.tell() for name, file in files.items()}
+                    saving = beside.submit(_save, state, list(files.values()), {"batches": done, "sizes": sizes})
+                    saved = time.monotonic()
+            saving.result()
     finally:
         for file in files.values():
             file.close()
     return {name: folder / f"{name}.npy" for name in files}
+
+
+def _save(state: Path, files: Sequence[BinaryIO], facts: dict[str, Any]) -> None:
+    for file in files:
+        os.fsync(file.fileno())
+    with whole(state) as path:
+        write_json(path, facts)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
