@@ -1,5 +1,6 @@
 """fetch: every CLIP of params.yaml that is not the sample's, before anything is computed or removed."""
 
+import logging
 from pathlib import Path
 
 from img2prompt.clip.params import ClipParams, sample_tower
@@ -15,6 +16,7 @@ def main(clip: ClipParams) -> None:
     if any(sample_tower(model) is None for model, _, _ in clip.models):
         from img2prompt.clip.model import fetched_folder, materialise, settle_hub  # slow to import
 
+        logging.disable(logging.ERROR)  # what open_clip logs before it raises is said in one line
         settle_hub()
         ahead = fetched_folder(clip.models)
         for number, (model, pretrained, size) in enumerate(clip.models):

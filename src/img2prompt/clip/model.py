@@ -100,9 +100,10 @@ def materialise(model: str, pretrained: str | None, image_size: int | None, fold
             raise ValueError(f"clip.model: {model} is no open_clip folder: it has no open_clip_config.json")
         name = f"local-dir:{model}"
     elif ":" not in model and model not in open_clip.list_models():
-        near = ", ".join(get_close_matches(model, open_clip.list_models())) or "`img2prompt` knows none like it"
+        near = ", ".join(get_close_matches(model, open_clip.list_models()))
+        near = f" (as {near})" if near else ""
         raise ValueError(
-            f"clip.model: {model!r} is neither `sample`, an open_clip name ({near}), hf-hub:org/name nor a folder"
+            f"clip.model: {model!r} is neither `sample`, an open_clip name{near}, hf-hub:org/name nor a folder"
         )
     elif ":" not in model and not (
         pretrained and (open_clip.is_pretrained_cfg(model, pretrained) or Path(pretrained).is_file())

@@ -186,9 +186,11 @@ def _repeatable(
             torch.use_deterministic_algorithms(True, warn_only=True)
         for parameter in [*tower.parameters(), *head.parameters()]:
             parameter.grad = None
-    yield
-    if on_cuda(validation.device):
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        if on_cuda(validation.device):
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class _Run:
