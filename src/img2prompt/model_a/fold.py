@@ -94,7 +94,7 @@ class Features:
         if not self.unfreeze and not augmentation.on:
             return self.stored_pooled(device)
         store = self.outputs / f"freeze/{self.number}"
-        if not augmentation.on and any(store.iterdir()):
+        if not augmentation.on and (store / "train_frozen.npy").is_file():
             return self._stored(store, "frozen", device)
         references = read_rows(self.outputs / "prepare/train.parquet", ["image"]).image
         transforms = [view(self.clip, seen) for seen in self.views]
