@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from img2prompt.clip.params import EmbedImagesParams
+from img2prompt.core.blocks import blocks
 from img2prompt.core.device import device, off
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import read_rows
@@ -44,9 +45,8 @@ def predict_model_a(clip: Path, ids: Sequence[int], batch_size: int, resume: Pat
                 yield Drawn(Images(references, view(model, seen)), before, where)
 
     pooled, last = list(inputs("pooled")), list(inputs("frozen" if trained.unfreeze else "pooled"))
-    batches = [
-        np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
-    ]
+    every = np.arange(len(references))
+    batches = [every[part] for part in blocks(len(references), batch_size)]
 
     def predictions(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         streams = [zip(*(of_view.batches(left, None) for of_view in views), strict=True) for views in (pooled, last)]

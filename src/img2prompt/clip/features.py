@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from img2prompt.clip.model import Clip, view
 from img2prompt.clip.params import FreezeParams
 from img2prompt.clip.towers import frozen, is_cut, project, tower
+from img2prompt.core.blocks import blocks
 from img2prompt.core.device import autocast, off, onto
 from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
@@ -145,9 +146,8 @@ def image_features(
         ValueError: the tower has no such view, an image cannot be decoded, or as `Embedder`.
     """
     images = Images(references, view(clip, seen))
-    rows = [
-        np.arange(start, min(start + batch_size, len(references))) for start in range(0, len(references), batch_size)
-    ]
+    every = np.arange(len(references))
+    rows = [every[part] for part in blocks(len(references), batch_size)]
 
     def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         batches = progress(images.batches(list(left)), f"CLIP on {stem(split, seen)} images", len(left), "batch")

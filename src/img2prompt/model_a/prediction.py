@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from img2prompt.core.blocks import blocks
 from img2prompt.core.device import autocast
 from img2prompt.model_a.inputs import Inputs
 
@@ -19,7 +20,7 @@ def predict(
 ) -> np.ndarray:
     """Predict `rows`: (m, t) float32 of norm 1, the mean of the views' predictions, each scaled to norm 1."""
     tower, head = tower.to(device).eval(), head.to(device).eval()
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = [rows[part] for part in blocks(len(rows), batch_size)]
     parts = []
     for inputs in zip(*(view.batches(batches, None) for view in views), strict=True):
         with autocast(device):
