@@ -38,16 +38,19 @@ def _same_numbers(request, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A folder with an untrained vision transformer CLIP of 16 dimensions, in open_clip's layout."""
+    return untrained_clip(tmp_path_factory.mktemp("clip"), "tiny-vit", TINY)
+
+
+def untrained_clip(folder, name, config):
     from img2prompt.clip.model import materialise
 
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny-vit.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / "tiny-vit.json")
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
     torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-vit").state_dict(), folder / "weights.pt")
+    torch.save(open_clip.create_model(name).state_dict(), folder / "weights.pt")
     out = folder / "out"
     out.mkdir()
-    materialise("tiny-vit", str(folder / "weights.pt"), None, out)
+    materialise(name, str(folder / "weights.pt"), None, out)
     return out
 
 
@@ -64,19 +67,9 @@ def tiny_swin(pretrained=False, num_classes=1000, **_):
 @pytest.fixture(scope="session")
 def uncut_clip(tmp_path_factory):
     """A folder as tiny_clip's, of a CLIP whose tower cannot be cut into layers."""
-    from img2prompt.clip.model import materialise
-
     timm.models.register_model(tiny_swin)
-    folder = tmp_path_factory.mktemp("clip")
     tower = {"timm_model_name": "tiny_swin", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
-    (folder / "tiny-swin.json").write_text(json.dumps(TINY | {"vision_cfg": tower}))
-    open_clip.add_model_config(folder / "tiny-swin.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-swin").state_dict(), folder / "weights.pt")
-    out = folder / "out"
-    out.mkdir()
-    materialise("tiny-swin", str(folder / "weights.pt"), None, out)
-    return out
+    return untrained_clip(tmp_path_factory.mktemp("clip"), "tiny-swin", TINY | {"vision_cfg": tower})
 
 
 @pytest.fixture
