@@ -146,9 +146,9 @@ if __name__ == "__main__":
     targets = rng.normal(size=(args.images, 384)).astype(np.float32)
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     some = np.arange(4000)
-    pooled, of = torch.from_numpy(found["pooled"][some]), torch.from_numpy(targets[some])
-    start = ridge(pooled.numpy(), of.numpy())
-    others = refit(start, pooled.numpy(), of.numpy(), [some % 5 == part for part in range(5)])
+    data = found["pooled"][some], targets[some]
+    start = ridge(*data)
+    others = refit(start, *data, [some % 5 == part for part in range(5)])
     plan = Schedule(
         epochs=1, lr_tower=1e-5, lr_head=1e-4, layer_decay=1.0, mse=0.0, pull=1.0, ema=0.0, batch_size=args.batch,
         accumulate=1, weight_decay=0.1, warmup=0.1, clip_grad=1.0, grad_checkpointing=False, seed=(0,),
