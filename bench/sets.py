@@ -89,28 +89,37 @@ def make(name: str, sample: Path, home: Path) -> None:
     part.rename(home)
 
 
-def row(name: str, seed: int, home: Path) -> list[str]:
-    """The table's row of one set and seed."""
-    oof = pd.read_parquet(home / "outputs/ensemble/oof.parquet")
-    oof = oof[oof.scored]
+def cells(oofs: list[pd.DataFrame]) -> list[str]:
+    """The scores of one set, of the scored pictures: each picture's mean over the seeds."""
+    members = [*MEMBERS, "ensemble"]
+    mean, group = sum(oof[members].astype(float) for oof in oofs) / len(oofs), oofs[0].group
 
     def difference(member: str, other: str) -> str:
-        values = oof[member] - oof[other]
-        low, high = bootstrap_interval(values, oof.group)
+        values = mean[member] - mean[other]
+        low, high = bootstrap_interval(values, group)
         return f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
 
-    best = max(MEMBERS, key=lambda member: oof[member].mean())
-    files = sorted(home.glob("outputs/model_a/fold_*/0/choices.csv"))
-    choices = pd.concat([pd.read_csv(file) for file in files])
-    shares = "; ".join(
-        " ".join(f"{share:.1f}" for share in choices.share[choices["head"] == head]) for head in MEMBERS[1:3]
-    )
-    lowered = int(((choices.lowered_tower > 0) | (choices.lowered_head > 0)).sum())
+    best = max(MEMBERS, key=lambda member: mean[member].mean())
     return [
-        name, str(len(oof)), str(seed), f"{oof.ridge.mean():.4f}", difference("linear", "ridge"),
-        difference("model_a", "ridge"), f"{oof.model_b.mean():.4f}", f"{oof.ensemble.mean():.4f}",
-        f"{difference('ensemble', best)} ({best})", shares, str(lowered),
+        f"{mean.ridge.mean():.4f}", difference("linear", "ridge"), difference("model_a", "ridge"),
+        f"{mean.model_b.mean():.4f}", f"{mean.ensemble.mean():.4f}", f"{difference('ensemble', best)} ({best})",
     ]  # fmt: skip
+
+
+def read_oof(home: Path) -> pd.DataFrame:
+    oof = pd.read_parquet(home / "outputs/ensemble/oof.parquet")
+    return oof[oof.scored]
+
+
+def choices(home: Path) -> list[str]:
+    """How far each fold's heads went, and how many of them with a lowered rate."""
+    found = pd.concat([pd.read_csv(file) for file in sorted(home.glob("outputs/model_a/fold_*/0/choices.csv"))])
+    shares = [" ".join(f"{share:.1f}" for share in found.share[found["head"] == head]) for head in MEMBERS[1:3]]
+    return ["; ".join(shares), str(int(((found.lowered_tower > 0) | (found.lowered_head > 0)).sum()))]
+
+
+def show(titles: list[str], rows: list[list[str]]) -> None:
+    print("\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows]), end="\n\n")
 
 
 def main() -> None:
@@ -143,12 +152,17 @@ def main() -> None:
                 if not link.is_symlink():
                     link.symlink_to(folder / name / "outputs" / stage)
             run(home, merged(changed, {"folds": {"seed": seed}, "model_a": {"seed": seed}}), SEEDED)
-    titles = ["set", "scored prompts", "seed", "ridge", "linear minus ridge", "Model A minus ridge", "Model B",
-              "ensemble", "minus its best member", "chosen share: linear; Model A", "heads lowered"]  # fmt: skip
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
-    for name in args.sets:
-        for seed in args.seeds:
-            print("| " + " | ".join(row(name, seed, folder / f"{name}.{seed}")) + " |")
+    scores = ["ridge", "linear minus ridge", "Model A minus ridge", "Model B", "ensemble", "minus its best member"]
+    runs = {name: [folder / f"{name}.{seed}" for seed in args.seeds] for name in args.sets}
+    each = [
+        [name, home.suffix[1:], *cells([read_oof(home)]), *choices(home)]
+        for name, homes in runs.items()
+        for home in homes
+    ]
+    show(["set", "seed", *scores, "share of the way, by fold: linear; Model A", "rates lowered"], each)
+    oofs = {name: [read_oof(home) for home in homes] for name, homes in runs.items()}
+    mean = [[name, f"{len(found[0]):,}", str(len(found)), *cells(found)] for name, found in oofs.items()]
+    show(["set", "scored prompts", "seeds", *scores], mean)
 
 
 if __name__ == "__main__":
