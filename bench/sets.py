@@ -84,7 +84,7 @@ def make(name: str, sample: Path, home: Path) -> None:
     prompts = MADE[name](rows.prompt.to_numpy(), targets, np.random.default_rng(7))
     (part / "images").mkdir(parents=True, exist_ok=True)
     for image, reference in zip(rows.id, rows.image, strict=True):
-        (part / "images" / f"{image}.png").write_bytes(read_image(reference))
+        (part / "images" / f"{image}.png").write_bytes(read_image(str(sample / reference)))
     pd.DataFrame({"imgId": rows.id, "prompt": prompts}).to_csv(part / "prompts.csv", index=False)
     part.rename(home)
 
