@@ -1,6 +1,6 @@
 """A large CLIP on a GPU: embedding, and an epoch with and without store, against the tower's own speed on that card.
 
-    python bench/cuda.py --model ViT-L-14 --images 90000 --unfreeze 4
+    python bench/gpu.py --model ViT-L-14 --images 90000 --unfreeze 4
 
 Weights are random; JPEGs of 512 x 512 pixels are made once and read again and again. What the tower alone can do is
 measured on a batch that lies on the GPU. `busy` is the share of the time in which a kernel ran, as NVML samples it.
