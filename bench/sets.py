@@ -135,7 +135,8 @@ def main() -> None:
         if name in MADE:
             run(folder / "sample", params, PREPARED[:2])
             make(name, folder / "sample", folder / "made" / name)
-            changed = merged(params, {"prepare": {"train": [str(folder / "made" / name)]}})
+            made = str(folder / "made" / name)
+            changed = merged(params, {"prepare": {"train": [made], "test": made}})  # no stage here reads the test
         elif name in real:
             at = Path(real[name]).resolve()
             changed = merged(params, {"prepare": {"train": [str(at / "train")], "test": str(at / "test")}})
