@@ -100,7 +100,7 @@ def write_competition(folder: Path, n: int, seed: int) -> Path:
 
 LEARN = [
     "fetch", "prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "freeze", "model_a", "knn",
-    "ensemble",
+    "ensemble", "words",
 ]  # fmt: skip
 APPLY = ["prepare_test", "embed_test", "predict", "scores", "submit"]
 STAGES = [*LEARN, *APPLY]

