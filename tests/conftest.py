@@ -14,6 +14,7 @@ from hypothesis import settings
 from PIL import Image
 
 from img2prompt.cli.check import load_params
+from img2prompt.core.storage import digest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -152,3 +153,12 @@ def made_chain(folder: Path, clip: Path) -> Path:
         )
         chain()
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, tiny_clip):
+    """A folder where the chain has run; nobody changes it."""
+    folder = made_chain(tmp_path_factory.mktemp("chain"), tiny_clip)
+    before = digest(folder)
+    yield folder
+    assert digest(folder) == before, "a test changed the folder that all of them share"

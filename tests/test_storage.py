@@ -64,7 +64,11 @@ def test_json_has_no_nan(tmp_path):
 def arrays(calls, left):
     for batch in left:
         calls.append(list(batch))
-        yield {"a": np.array(batch, np.float32)[:, None] * [1.0, 2.0], "b": np.array(batch, np.float16)}
+        yield {
+            "a": np.array(batch, np.float32)[:, None] * [1.0, 2.0],
+            "b": np.array(batch, np.float16),
+            "text": "".join(f"{n}: {'x' * n}\n" for n in batch if n > 2).encode(),
+        }
 
 
 @pytest.mark.parametrize("killed_after", range(5))
@@ -72,6 +76,7 @@ def test_arrays_grow_on_after_a_kill(tmp_path, killed_after):
     batches = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     whole_run = grow(tmp_path / "whole", batches, lambda left: arrays([], left))
     assert np.load(whole_run["a"]).tolist() == [[n, 2 * n] for n in range(10)]
+    assert whole_run["text"].read_text() == "".join(f"{n}: {'x' * n}\n" for n in range(3, 10))
     calls = []
 
     def killed(left):
@@ -83,7 +88,7 @@ def test_arrays_grow_on_after_a_kill(tmp_path, killed_after):
     if killed_after < 4:
         with pytest.raises(KeyboardInterrupt):
             grow(tmp_path / "again", batches, killed, seconds=-1)
-        for file in (tmp_path / "again").glob("*.npy"):
+        for file in [*(tmp_path / "again").glob("*.npy"), *(tmp_path / "again").glob("text")]:
             with file.open("ab") as open_file:
                 open_file.write(b"half a batch")
     else:

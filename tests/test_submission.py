@@ -104,7 +104,7 @@ GOOD = ["imgId_eId,val", "a_0,0.6", "a_1,0.8", "b_0,1", "b_1,0"]
         (3, "b_0,1e99", "row 3 "),
         (3, "b_0,", r"row 3 \('b_0'\) has ''"),
         (4, "b_1,zero", r"row 4 \('b_1'\) has 'zero'"),
-        (4, "b_1", "Expected 2 columns"),
+        (4, "b_1", "row 4 is 'b_1' where the name and the value of element 1 belong"),
         (4, "b_1,0.1", "'b' has norm 1.00"),
         (2, "a_1,0.9", "'a' has norm 1.08"),
     ],

@@ -10,6 +10,9 @@ from importlib import import_module
 from img2prompt.core import process
 
 COMMANDS = {
+    "predict": "the prompts behind images: in words, and as embeddings",
+    "score": "the mean cosine of a submission with the truth, as the host has it",
+    "explain": "one image of the last run: what each model made of it, and why",
     "check": "check params.yaml",
     "compare": "two experiments image by image: did it help, on which folds, and is it noise?",
     "table": "the paper's table on the data of params.yaml",

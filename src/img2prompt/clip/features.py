@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,23 @@ class Images(Dataset):
 
     def batches(self, rows: list[np.ndarray], epoch: int | None = None) -> Iterator[Tensor]:
         """Yield (b, 3, size, size) float32 for each batch of row numbers; worker processes read ahead."""
-        keys = [[(int(row), epoch) for row in batch] for batch in rows]
-        workers = min(torch.get_num_threads(), 16) if sum(map(len, rows)) > 256 else 0
-        # A generator of its own: to seed the workers it would draw from torch's, and dropout would be another.
-        yield from DataLoader(self, batch_sampler=keys, num_workers=workers, generator=torch.Generator())
+        yield from read_ahead(self, [[(int(row), epoch) for row in batch] for batch in rows])
+
+
+def read_ahead(
+    items: Dataset, batches: Sequence[Sequence], collate: Callable[[list], object] | None = None
+) -> Iterator[Any]:
+    """Yield a dataset's items batch by batch, in order; of more than 256 items worker processes read ahead.
+
+    Args:
+        items: by key.
+        batches: of each the keys.
+        collate: makes a batch of its items; None: as torch does, which stacks tensors.
+    """
+    workers = min(torch.get_num_threads(), 16) if sum(map(len, batches)) > 256 else 0
+    # A generator of its own: to seed the workers it would draw from torch's, and dropout would be another.
+    own = torch.Generator()
+    yield from DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=own)
 
 
 def stem(split: str, seen: str) -> str:

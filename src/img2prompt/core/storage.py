@@ -77,15 +77,16 @@ def resume_folder(name: str, *parts: str | bytes | Path | np.ndarray) -> Path:
 def grow(
     folder: Path,
     batches: Sequence[Sized],
-    results: Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray]]],
+    results: Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray | bytes]]],
     seconds: float = 10,
 ) -> dict[str, Path]:
-    """Compute arrays batch by batch into .npy files of a folder; after a kill, resume from the last safe state.
+    """Compute arrays and text batch by batch into files of a folder; after a kill, resume from the last safe state.
 
     Args:
-        folder: for the files NAME.npy and the safe state; use one folder for the same batches and results only.
+        folder: for the files and the safe state; use one folder for the same batches and results only.
         batches: the inputs; the length of each is the number of its rows.
-        results: given the remaining batches, yields for each the arrays (rows, ...) by name, always the same names.
+        results: given the remaining batches, yields for each, by name and always by the same names, arrays (rows, ...),
+            which become NAME.npy, and bytes of any length, which follow one another in the file NAME.
         seconds: from one safe state to the next.
 
     Returns:
@@ -94,26 +95,29 @@ def grow(
     state = folder / "grown.json"
     folder.mkdir(parents=True, exist_ok=True)
     done, sizes = read_json(state).values() if state.is_file() else (0, {})
-    paths = {name: folder / f"{name}.npy" for name in sizes}
-    if any(not path.is_file() or path.stat().st_size < sizes[name] for name, path in paths.items()):
+    paths = {folder / name: size for name, size in sizes.items()}
+    if any(not path.is_file() or path.stat().st_size < size for path, size in paths.items()):
         done, sizes = 0, {}  # a stage had begun to remove them
     total = sum(map(len, batches))
     files: dict[str, BinaryIO] = {}
     try:
         for name, size in sizes.items():
             # What was written after the last safe state may be incomplete.
-            files[name] = (folder / f"{name}.npy").open("r+b")
+            files[name] = (folder / name).open("r+b")
             files[name].truncate(size)
             files[name].seek(size)
         with ThreadPoolExecutor(1) as beside:  # results need not wait for the disk
             saved, saving = time.monotonic(), beside.submit(int)
-            for arrays in results(batches[done:]) if done < len(batches) else ():
-                for name, array in arrays.items():
+            for found in results(batches[done:]) if done < len(batches) else ():
+                for what, value in found.items():
+                    text = isinstance(value, bytes)
+                    name = what if text else f"{what}.npy"
                     if name not in files:
-                        files[name] = (folder / f"{name}.npy").open("wb")
-                        header = {"descr": array.dtype.str, "fortran_order": False, "shape": (total, *array.shape[1:])}
+                        files[name] = (folder / name).open("wb")
+                    if not text and not files[name].tell():
+                        header = {"descr": value.dtype.str, "fortran_order": False, "shape": (total, *value.shape[1:])}
                         np.lib.format.write_array_header_1_0(files[name], header)
-                    files[name].write(np.ascontiguousarray(array))
+                    files[name].write(value if text else np.ascontiguousarray(value))
                 done += 1
                 if done == len(batches) or time.monotonic() - saved > seconds:
                     saving.result()
@@ -126,7 +130,7 @@ def grow(
     finally:
         for file in files.values():
             file.close()
-    return {name: folder / f"{name}.npy" for name in files}
+    return {name.removesuffix(".npy"): folder / name for name in files}
 
 
 def _save(state: Path, files: Sequence[BinaryIO], facts: dict[str, Any]) -> None:

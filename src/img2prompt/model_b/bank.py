@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from img2prompt.core.blocks import Stack, save_rows
 from img2prompt.core.storage import read_json, write_json
 from img2prompt.ensemble.weights import mix
-from img2prompt.model_b.neighbours import Neighbours, nearest
+from img2prompt.model_b.neighbours import Neighbours, UnitRows, nearest, on_device
 from img2prompt.model_b.regression import regress
 
 
@@ -46,8 +47,8 @@ class Bank:
     eps, coef: of eq. 4.
     """
 
-    keys: Mapping[str, np.ndarray | Stack]
-    targets: np.ndarray
+    keys: Mapping[str, np.ndarray | Stack | UnitRows]
+    targets: np.ndarray | Tensor
     rows: np.ndarray
     choice: Choice
     eps: float
@@ -64,6 +65,11 @@ class Bank:
             arguments = (setting.k, setting.distance_dim, self.eps, self.coef, device)
             by_kind[kind] = regress(found[kind], self.targets, *arguments)
         return self.choice.mixed(by_kind), found
+
+    def on(self, device: str) -> Bank:
+        """The same bank, to predict from many times on a device: keys and targets go there once."""
+        keys = {kind: UnitRows(rows, device) for kind, rows in self.keys.items()}
+        return replace(self, keys=keys, targets=on_device(self.targets, device))
 
     def save(self, folder: Path) -> None:
         """Write {kind}_keys.npy, targets.npy, rows.npy and choice.json."""

@@ -1,5 +1,7 @@
 """Exact nearest neighbours."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +29,12 @@ class Neighbours:
     distance: np.ndarray
 
 
-def nearest(queries: np.ndarray | Stack, keys: np.ndarray | Stack, k: int, device: str = "cpu") -> Neighbours:
+def nearest(
+    queries: np.ndarray | Stack, keys: np.ndarray | Stack | UnitRows, k: int, device: str = "cpu"
+) -> Neighbours:
     """The k keys (m, d) nearest to each query (n, d) by Euclidean distance, both scaled to norm 1.
+
+    Keys that are searched often are best given as UnitRows on the device, where they stay.
 
     Exact for the float32 rows of norm 1: float64 distances decide, and between equal ones the index. Beside the result
     and, on other devices than the CPU, the keys, memory is bounded whatever n and m are.
@@ -36,7 +42,7 @@ def nearest(queries: np.ndarray | Stack, keys: np.ndarray | Stack, k: int, devic
     """
     if not 1 <= k <= len(keys):
         raise ValueError(f"k={k} neighbours of {len(keys)} keys: choose k between 1 and the number of keys")
-    query_rows, key_rows = _UnitRows(queries, "cpu"), _UnitRows(keys, device)
+    query_rows, key_rows = UnitRows(queries, "cpu"), keys if isinstance(keys, UnitRows) else UnitRows(keys, device)
     index = np.empty((len(queries), k), dtype=np.int32)
     distance = np.empty((len(queries), k), dtype=np.float32)
     height, width = tile(device, (QUERY_BLOCK, KEY_BLOCK))
@@ -48,9 +54,10 @@ def nearest(queries: np.ndarray | Stack, keys: np.ndarray | Stack, k: int, devic
     return Neighbours(index, distance)
 
 
-def on_device(x: np.ndarray, device: str) -> torch.Tensor:
-    """The same values as a contiguous float32 tensor on a device."""
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(device)
+def on_device(x: np.ndarray | torch.Tensor, device: str) -> torch.Tensor:
+    """The same values as a contiguous float32 tensor on a device; a tensor is one already."""
+    x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return x.to(device)
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +65,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
-class _UnitRows:
+class UnitRows:
     """Rows (n, d) at norm 1, float32 tensors: scaled as they are read on the CPU, held by other devices."""
 
     def __init__(self, rows: np.ndarray | Stack, device: str) -> None:
@@ -84,7 +91,7 @@ class _UnitRows:
 
 
 def _nearest(
-    queries: torch.Tensor, keys: _UnitRows, k: int, slack: int, similarity: torch.Tensor
+    queries: torch.Tensor, keys: UnitRows, k: int, slack: int, similarity: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shortlist k + slack keys by one matrix product, then decide on their accurate distances; both on the CPU."""
     size = min(k + slack, len(keys))
@@ -105,7 +112,7 @@ def _nearest(
 
 
 def _most_similar(
-    queries: torch.Tensor, keys: _UnitRows, size: int, similarity: torch.Tensor
+    queries: torch.Tensor, keys: UnitRows, size: int, similarity: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `size` largest dot products (n, size) of each query with the keys, descending, and their rows, int32."""
     height, width = tile(queries.device, (QUERY_BLOCK, KEY_BLOCK))
@@ -145,7 +152,7 @@ def _topk(
     return values, columns.gather(1, order)
 
 
-def _distances(queries: torch.Tensor, keys: _UnitRows, index: torch.Tensor) -> torch.Tensor:
+def _distances(queries: torch.Tensor, keys: UnitRows, index: torch.Tensor) -> torch.Tensor:
     """Distances (n, k), float64 by differences, of queries (n, d) from keys[index].
 
     Equal keys get equal distances to the last bit, and those close to 0 keep their precision, unlike 2 - 2*dot.

@@ -42,7 +42,7 @@ def _check_formula(distance_dim: float, eps: float, coef: float) -> None:
 
 def regress(
     neighbours: Neighbours,
-    targets: np.ndarray,
+    targets: np.ndarray | torch.Tensor,
     k: int,
     distance_dim: float,
     eps: float,

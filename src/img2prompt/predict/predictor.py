@@ -1,38 +1,52 @@
-"""The trained model as one object: from images to embeddings of their prompts."""
+"""The trained model as one object: from images to embeddings of their prompts, and to words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from img2prompt.clip.features import Embedder
+from img2prompt.clip.features import Embedder, read_ahead, within_half
 from img2prompt.clip.model import load_clip, view
+from img2prompt.core.blocks import blocks
 from img2prompt.core.device import device as default_device
+from img2prompt.core.device import off, onto
 from img2prompt.core.images import decode, open_image, to_rgb
-from img2prompt.core.storage import numbered
+from img2prompt.core.storage import digest, numbered
 from img2prompt.ensemble.members import name_of
 from img2prompt.ensemble.mixture import Mixture
-from img2prompt.model_a.trained import Trained
+from img2prompt.model_a.trained import KINDS, Trained
 from img2prompt.model_b.bank import Bank
 
+if TYPE_CHECKING:
+    from img2prompt.words.words import Words
+
 Source = str | Path | bytes | Image.Image | None
+Error = OSError | ValueError
+PARTS = ("clip", "model_a", "knn", "ensemble", "words")  # the stages' folders that are the trained model
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Of m images, in their order.
 
-    embeddings (m, 384) float32, norm 1: the ensemble's. members: by name, each model's (m, 384) float32.
+    embeddings (m, 384) float32, norm 1: the ensemble's. members: by name, each model's (m, 384) float32. errors: for
+    each image why it could not be read, or None. What could not be read has the constant answer.
     """
 
     embeddings: np.ndarray
     members: dict[str, np.ndarray]
+    errors: list[Error | None]
 
 
 @dataclass(frozen=True)
@@ -56,18 +70,25 @@ class _OneClip:
             Embedder(clip, device, trained.unfreeze, [*["image"] * (name == "plain"), "pooled", *frozen])
             for name in trained.views
         ]
-        return cls(number, transforms, embedders, trained, Bank.load(folder / f"knn/{number}"), device)
+        return cls(number, transforms, embedders, trained, Bank.load(folder / f"knn/{number}").on(device), device)
 
-    def __call__(self, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-        seen = [
-            embed(torch.stack([transform(image) for image in images]))
-            for embed, transform in zip(self.embedders, self.transforms, strict=True)
-        ]
+    def name(self, kind: str) -> str:
+        return name_of(kind, self.number)
+
+    def launch(self, views: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Model A's family on a batch's views, and what `finish` needs; nobody waits for the device yet."""
+        seen = [embed.launch(x) for embed, x in zip(self.embedders, views, strict=True)]
         pooled = [found["pooled"] for found in seen]
         found = self.trained(pooled, [found.get("frozen", found["pooled"]) for found in seen])
-        members = {name_of(kind, self.number): value.cpu().numpy() for kind, value in found.items()}
-        predicted, _ = self.bank.predict(seen[0]["image"].cpu().numpy(), self.device)
-        return members | {name_of("model_b", self.number): predicted}
+        found["image"], found["within"] = seen[0]["image"], torch.stack([one["within"] for one in seen]).all()
+        return {self.name(kind): value for kind, value in found.items()}
+
+    def finish(self, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """All models' predictions by name, of what `launch` found, now on the CPU."""
+        within_half(found[self.name("within")])
+        members = {self.name(kind): found[self.name(kind)].numpy() for kind in KINDS}
+        predicted, _ = self.bank.predict(found[self.name("image")].numpy(), self.device)
+        return members | {self.name("model_b"): predicted}
 
 
 class Predictor:
@@ -76,8 +97,8 @@ class Predictor:
     An image's prediction is a function of the image and the model, whatever else is predicted with it.
     """
 
-    def __init__(self, clips: Sequence[_OneClip], mixture: Mixture) -> None:
-        self._clips, self._mixture = list(clips), mixture
+    def __init__(self, clips: Sequence[_OneClip], mixture: Mixture, folder: Path, device: str) -> None:
+        self._clips, self._mixture, self._folder, self._device = list(clips), mixture, folder, device
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None) -> Predictor:
@@ -93,7 +114,27 @@ class Predictor:
         folder, device = Path(folder), device or default_device()
         mixture = Mixture.load(folder / "ensemble")
         numbers = [int(path.name) for path in numbered(folder / "clip")]
-        return cls([_OneClip.load(folder, number, mixture.folds, device) for number in numbers], mixture)
+        clips = [_OneClip.load(folder, number, mixture.folds, device) for number in numbers]
+        return cls(clips, mixture, folder, device)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the files that the model consists of, in hex."""
+        return digest(*(self._folder / part for part in PARTS if (self._folder / part).is_dir()))
+
+    @cached_property
+    def words(self) -> Words:
+        """What says predicted embeddings in words.
+
+        Raises:
+            OSError, ValueError: the model has no words, or they cannot be loaded.
+        """
+        from img2prompt.words.words import Words  # loads a sentence encoder, which vectors alone do not need
+
+        folder = self._folder / "words"
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder: `dvc repro words` makes it; without it there are vectors only")
+        return Words.load(folder, self._device)
 
     def predict(self, images: Sequence[Source], batch_size: int = 64) -> Prediction:
         """Predict images: paths or references (as `open_image` takes them), bytes of files, or PIL images.
@@ -103,22 +144,74 @@ class Predictor:
         Raises:
             OSError, ValueError: naming the image that is missing or cannot be decoded.
         """
-        parts: dict[str, list[np.ndarray]] = {}
-        for start in range(0, len(images), batch_size):
-            batch = [_rgb(image) for image in images[start : start + batch_size]]
-            for clip in self._clips:
-                for name, found in clip(batch).items():
-                    parts.setdefault(name, []).append(found)
-        members = {name: np.concatenate(found) for name, found in parts.items()}
-        readable = np.array([image is not None for image in images], dtype=bool)
-        for found in members.values():
-            found[~readable] = self._mixture.constant
-        return Prediction(self._mixture(members, readable), members)
+        parts: list[Prediction] = []
+        for part in self.stream(images, batch_size):
+            if error := next(filter(None, part.errors), None):
+                raise error
+            parts.append(part)
+        names = parts[0].members if parts else ()
+        members = {name: np.concatenate([part.members[name] for part in parts]) for name in names}
+        embeddings = np.concatenate([self._mixture.constant[None][:0], *(part.embeddings for part in parts)])
+        return Prediction(embeddings, members, [None] * len(images))
+
+    def stream(self, images: Sequence[Source], batch_size: int = 64) -> Iterator[Prediction]:
+        """Predict images as `predict` does, batch by batch; of many, the next ones are read by worker processes.
+
+        An image that is missing or cannot be decoded has its error among the batch's `errors`.
+        """
+        pictures = _Pictures(images, [transform for clip in self._clips for transform in clip.transforms])
+        waiting: deque[list[Error | None]] = deque()
+
+        def views() -> Iterator[Tensor]:
+            batches = [range(len(images))[part] for part in blocks(len(images), batch_size)]
+            for seen, errors in read_ahead(pictures, batches, _together):
+                waiting.append(errors)
+                yield from seen
+
+        every = onto(views(), self._device, torch.float16)
+        launched = map(self._launch, zip(*[every] * pictures.views, strict=True))  # one batch's views at a time
+        start = 0
+        for found in off(launched, self._device):
+            errors = waiting.popleft()
+            given = [image is not None for image in images[start : start + len(errors)]]
+            readable = np.array(given) & [error is None for error in errors]
+            members = {name: value for clip in self._clips for name, value in clip.finish(found).items()}
+            for value in members.values():
+                value[~readable] = self._mixture.constant
+            yield Prediction(self._mixture(members, readable), members, errors)
+            start += len(errors)
+
+    def _launch(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        left, found = iter(views), {}
+        for clip in self._clips:
+            found |= clip.launch(islice(left, len(clip.transforms)))
+        return found
+
+
+class _Pictures(Dataset):
+    """Images as all CLIPs' views take them, each with its error or None; what cannot be read is a mid-grey one."""
+
+    def __init__(self, images: Sequence[Source], transforms: Sequence[Callable[[Image.Image], Tensor]]) -> None:
+        self._images, self._transforms = images, transforms
+        self.views = len(transforms)
+
+    def __getitem__(self, row: int) -> tuple[list[Tensor], Error | None]:
+        source, error = self._images[row], None
+        image = Image.new("RGB", (64, 64), (128, 128, 128))
+        try:
+            image = image if source is None else _rgb(source)
+        except (OSError, ValueError) as found:
+            error = found
+        return [transform(image) for transform in self._transforms], error
+
+
+def _together(items: Sequence[tuple[list[Tensor], Error | None]]) -> tuple[list[Tensor], list[Error | None]]:
+    """A batch: of every view (b, 3, size, size) float32, and the errors."""
+    seen, errors = zip(*items, strict=True)
+    return [torch.stack(of_view) for of_view in zip(*seen, strict=True)], list(errors)
 
 
 def _rgb(image: Source) -> Image.Image:
-    if image is None:
-        return Image.new("RGB", (64, 64), (128, 128, 128))
     if isinstance(image, bytes):
         return decode(image)
     return to_rgb(image) if isinstance(image, Image.Image) else open_image(str(image))

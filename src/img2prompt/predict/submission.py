@@ -1,6 +1,6 @@
 """The submission file: one row for each of the 384 values of each image's vector."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,30 +49,93 @@ def check_submission(path: Path, ids: Sequence[str], dim: int = 384) -> None:
     """
     _check_ids(path, ids)
     squares, row = np.zeros(len(ids)), 0
-    text = pa.string()
-    try:
-        # Values as text first: Arrow's own conversion does not say which row it failed at.
-        with csv.open_csv(
-            path,
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(HEADER, text)),
-        ) as reader:
-            if reader.schema.names != HEADER:
-                raise ValueError(f"{path}: the header is {reader.schema.names}; it must be {HEADER}")
-            for batch in reader:
-                squares += _read_batch(path, batch, row, ids, dim)
-                row += len(batch)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: after row {row} or so: {error}: write the file again") from error
+    for batch in _batches(path, dim):
+        if row + len(batch) > len(ids) * dim:
+            raise ValueError(f"{path}: more rows than {len(ids)} ids x {dim}: write one vector for each id")
+        values = _values(path, batch, row, ids, dim, pa.float32())
+        image = (row + np.arange(len(batch))) // dim
+        squares += np.bincount(image, weights=np.square(values, dtype=np.float64), minlength=len(ids))
+        row += len(batch)
     if row < len(ids) * dim:
         raise ValueError(f"{path}: ends after row {row} of {len(ids)} x {dim}: write the file again")
     _check_norms(path, ids, squares)
 
 
-def _read_batch(path: Path, batch: pa.RecordBatch, row: int, ids: Sequence[str], dim: int) -> np.ndarray:
-    """Check the names and values of the rows from `row` on; return their sum of squares for each id: (n,) float64."""
-    if row + len(batch) > len(ids) * dim:
-        raise ValueError(f"{path}: more rows than {len(ids)} ids x {dim}: write one vector for each id")
+def read_submission(path: Path, dim: int = 384) -> tuple[list[str], np.ndarray]:
+    """Read any submission: the ids in the file's order, and their vectors (n, dim) float64, of any norm but 0.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: an id occurs twice or has not its dim values in order, or a value or a norm is not finite or the
+            norm is 0. It names the file, the first wrong row (the first below the header is 1) and what belongs there.
+    """
+    parts: list[np.ndarray] = []
+    ids: list[str] = []
+    row, first = 0, {}  # the row at which an id begins
+    for batch in _batches(path, dim):
+        end, wrong = len(batch), ""
+        for start in range(-row % dim, len(batch), dim):
+            name = _text(batch.column(0)[start])
+            known, mark, element = name.rpartition("_")
+            if not mark or element != "0":
+                wrong = "where element 0 of another image belongs, `ID_0`"
+            elif known in first:
+                wrong = f"but {known!r} has its vector from row {first[known]} on: write each id once"
+            if wrong:
+                end, wrong = start, f"{path}: row {row + start + 1} is {name!r} {wrong}"
+                break
+            first[known] = row + start + 1
+            ids.append(known)
+        parts.append(_values(path, batch[:end], row, ids, dim, pa.float64()))
+        if wrong:
+            raise ValueError(wrong)
+        row += len(batch)
+    if row % dim or not row:
+        last = f"{ids[-1]}_{row % dim}" if ids else "ID_0"
+        raise ValueError(f"{path}: ends after row {row}, where {last!r} belongs: an image has {dim} rows")
+    found = np.concatenate(parts).reshape(-1, dim)
+    norms = np.sqrt(np.einsum("ij,ij->i", found, found))
+    bad = np.flatnonzero(~((norms > 0) & np.isfinite(norms)))
+    if len(bad):
+        start, name = int(bad[0]) * dim, ids[bad[0]]
+        raise ValueError(
+            f"{path}: rows {start + 1} to {start + dim}, the vector of {name!r}, have norm {norms[bad[0]]:g}: it needs "
+            "a direction; the mean of all vectors serves where there is no prediction"
+        )
+    return ids, found
+
+
+def _batches(path: Path, dim: int) -> Iterator[pa.RecordBatch]:
+    """The rows, some at a time, both columns as text; ValueError for another header and rows that are no pairs."""
+    broken: list[str] = []
+
+    def note(row: csv.InvalidRow) -> str:
+        broken.append(row.text)
+        return "error"
+
+    try:
+        # Values as text first: Arrow's own conversion does not say which row it failed at.
+        with csv.open_csv(
+            path,
+            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
+            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(HEADER, pa.string()), check_utf8=False),
+        ) as reader:
+            if reader.schema.names != HEADER:
+                raise ValueError(f"{path}: the header is {reader.schema.names}; it must be {HEADER}")
+            yield from reader
+    except pa.ArrowInvalid as error:
+        if not broken:
+            raise ValueError(f"{path}: {error}: write the file again") from error
+        # Arrow knows the text of a row that is no pair, but not its number.
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            lines = (line.rstrip("\n") for line in file if line.strip())
+            row = next(number for number, line in enumerate(lines) if line == broken[0].splitlines()[0])
+        belongs = f"the name and the value of element {(row - 1) % dim}" if row else f"the header {HEADER}"
+        raise ValueError(f"{path}: row {row} is {broken[0]!r} where {belongs} belong") from None
+
+
+def _values(path: Path, batch: pa.RecordBatch, row: int, ids: Sequence[str], dim: int, kind: pa.DataType) -> np.ndarray:
+    """Check the names of the rows from `row` on; return their values, all finite, as floats of a kind."""
     first, last = row // dim, -(-(row + len(batch)) // dim)
     skip = row - first * dim
     prefix, suffix = _product([f"{name}_" for name in ids[first:last]], [str(i) for i in range(dim)])
@@ -82,22 +145,25 @@ def _read_batch(path: Path, batch: pa.RecordBatch, row: int, ids: Sequence[str],
     if not same.all():
         bad = int(same.argmin())
         raise ValueError(
-            f"{path}: row {row + bad + 1} is {names[bad].as_py()!r} where {expected[bad].as_py()!r} belongs: "
+            f"{path}: row {row + bad + 1} is {_text(names[bad])!r} where {expected[bad].as_py()!r} belongs: "
             "write each id once, in the order of the sample submission"
         )
     try:
-        values = pc.cast(texts, pa.float32()).to_numpy()
+        values = pc.cast(texts, kind).to_numpy()
     except pa.ArrowInvalid:
         numeric = pc.match_substring_regex(texts, NUMBER).to_numpy(zero_copy_only=False)
         values = np.where(numeric, 0, np.nan)
     if not np.isfinite(values).all():
         bad = int(np.isfinite(values).argmin())
         raise ValueError(
-            f"{path}: row {row + bad + 1} ({names[bad].as_py()!r}) has {texts[bad].as_py()!r}, "
+            f"{path}: row {row + bad + 1} ({_text(names[bad])!r}) has {_text(texts[bad])!r}, "
             "no finite number: look at the predictions of that image"
         )
-    image = (row + np.arange(len(batch))) // dim
-    return np.bincount(image, weights=np.square(values, dtype=np.float64), minlength=len(ids))
+    return values
+
+
+def _text(value: pa.StringScalar) -> str:
+    return value.cast(pa.binary()).as_py().decode("utf-8", "backslashreplace")
 
 
 def _product(prefixes: list[str], suffixes: list[str]) -> tuple[pa.Array, pa.Array]:
