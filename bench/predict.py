@@ -5,8 +5,9 @@
 
 The images are files, 20 of them broken. `forward` is one pass of all towers and heads on batches of tensors that are in
 memory already, with nothing read before and nothing mixed behind; `vectors` and `words` are what the command does with
-a loaded model, the writing of the output included. Runs alternate; medians, and the least and the most. Then the
-command is killed (SIGKILL) at random moments and runs to its end.
+a loaded model, the writing of the output included. Runs alternate; medians, and the least and the most. Vectors are the
+pipeline's to the last bit where it ran with as many threads (IMG2PROMPT_THREADS). Then the command is killed (SIGKILL)
+at random moments and runs to its end.
 """
 
 import argparse

@@ -12,10 +12,11 @@ from conftest import TINY
 from huggingface_hub import constants
 from open_clip.transformer import QuickGELU
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from img2prompt.clip.features import text_features
-from img2prompt.clip.model import load_clip, materialise, save_clip, settle_hub, view
+from img2prompt.clip.model import image_only, load_clip, materialise, save_clip, settle_hub, view
 from img2prompt.clip.params import SAMPLES, sample_tower
 from img2prompt.clip.towers import project, projection, tower
 from img2prompt.sample import small_clip
@@ -44,6 +45,21 @@ def test_the_tower_in_layers_is_the_tower(which, layers, request):
     images = torch.randn(3, 3, size, size)
     with torch.no_grad():
         assert torch.allclose(project(visual, row(images)), visual(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["tiny_clip", "sample_folder", "uncut_clip"])
+def test_without_its_text_tower_a_clip_gives_the_same_images(which, request, tmp_path):
+    whole = load_clip(request.getfixturevalue(which), "cpu")
+    config, weights = image_only(request.getfixturevalue(which))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "open_clip_model.safetensors")
+    alone = load_clip(tmp_path, "cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    x = whole.transform(image)[None]
+    assert torch.equal(alone.transform(image)[None], x)
+    with torch.no_grad():
+        assert torch.equal(alone.model.encode_image(x), whole.model.encode_image(x))
+    assert sum(value.numel() for name, value in weights.items() if not name.startswith("visual.")) < 1000
 
 
 @pytest.mark.parametrize("which", ["tiny_clip", "sample_folder"])

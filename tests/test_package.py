@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from img2prompt.cli.export import LACKING, add_wheels
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -23,12 +25,9 @@ def run(*command, cwd, **environment):
 @pytest.mark.slow
 def test_the_wheel_runs_in_an_empty_environment(tmp_path):
     """With no more than what it asks for itself; the pins are where its ranges were tested."""
-    source = tmp_path / "source"
-    shutil.copytree(REPOSITORY / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements.txt", "constraints.txt"):
-        shutil.copy(REPOSITORY / name, source)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    add_wheels(tmp_path)
+    assert {path.name.split("-")[0] for path in tmp_path.glob("*.whl")} == {"img2prompt", *LACKING}
+    (wheel,) = tmp_path.glob("img2prompt-*.whl")
     files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("img2prompt/")}
     library = REPOSITORY / "src/img2prompt"
     wanted = {
@@ -39,7 +38,7 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
     assert files == wanted
     run(sys.executable, "-m", "venv", "empty", cwd=tmp_path)
     bin = tmp_path / "empty/bin"
-    constraints = [part for name in ("requirements.txt", "constraints.txt") for part in ("-c", source / name)]
+    constraints = [part for name in ("requirements.txt", "constraints.txt") for part in ("-c", REPOSITORY / name)]
     run(bin / "pip", "install", "--quiet", wheel, *constraints, cwd=tmp_path)
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     run(bin / "img2prompt", "check", cwd=tmp_path, PYTHONPATH="")

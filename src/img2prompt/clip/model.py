@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -18,11 +19,12 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from img2prompt.core.storage import resume_folder, room
+from img2prompt.core.storage import read_json, resume_folder, room
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,24 @@ def load_clip(folder: Path, device: str) -> Clip:
     model = model.eval().to(memory_format=torch.channels_last)
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return Clip(model, open_clip.get_tokenizer(name), transform)
+
+
+def image_only(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An open_clip folder's configuration and weights without its text tower, which images do not need.
+
+    What stands in its place is a tower of one layer and one word, all zeros, so that open_clip loads it like any CLIP.
+    """
+    config = read_json(folder / "open_clip_config.json")
+    text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    model = {name: value for name, value in config["model_cfg"].items() if name != "multimodal_cfg"}
+    model |= {"text_cfg": text, "custom_text": True}
+    if "timm_model_name" in model["vision_cfg"]:
+        model["vision_cfg"]["timm_model_pretrained"] = False
+    empty = open_clip.CustomTextCLIP(**{name: value for name, value in model.items() if name != "custom_text"})
+    weights = {name: torch.zeros_like(value) for name, value in empty.state_dict().items()}
+    with safe_open(folder / "open_clip_model.safetensors", "pt") as file:
+        weights |= {name: file.get_tensor(name) for name in weights if name.startswith("visual.")}
+    return config | {"model_cfg": model}, weights
 
 
 def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:

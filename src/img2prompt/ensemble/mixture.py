@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,17 @@ class Mixture:
             parts = [members[name][readable] for name in self.weights]
             found[readable] = mix(parts, list(self.weights.values()))
         return found
+
+    @property
+    def members(self) -> list[str]:
+        """The names of those that have a weight above 0."""
+        return [name for name, weight in self.weights.items() if weight > 0]
+
+    def only(self, names: Collection[str]) -> Mixture:
+        """The mixture of some of its members, whose weights are scaled to sum to 1 where they do not."""
+        total = sum(weight for name, weight in self.weights.items() if name in names)
+        scale = 1 if math.isclose(total, 1) else 1 / total
+        return replace(self, weights={name: w * scale for name, w in self.weights.items() if name in names})
 
     def save(self, folder: Path) -> None:
         """Write weights.json and constant.npy."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from scipy.optimize import LinearConstraint, minimize
 
 from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.metric import cosine, unit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TIE = 1e-12  # scores closer than this differ by rounding only
 NOTHING = 1e-6  # a weight below it is the optimiser's rounding of 0
@@ -142,6 +145,8 @@ def search_weights(
 
 def alpha_curve(cosines: Cosines, family: np.ndarray) -> pd.DataFrame:
     """The best mean cosine at each of 101 shares of a family (m,) bool of the members: columns `alpha`, `score`."""
+    import pandas as pd  # prediction, which needs `mix`, does without pandas
+
     rows, weights = [], None
     for alpha in np.arange(101) / 100:
         weights = search_weights(cosines, family, alpha, weights)  # the optimum of the last alpha is near this one

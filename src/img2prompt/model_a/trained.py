@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def save_trained(path: Path, last: nn.Module, head: nn.Module, unfreeze: int, vi
 
 @dataclass(frozen=True)
 class Trained:
-    """Model A's family on one CLIP: for every kind, the models of all folds.
+    """Model A's family on one CLIP: for every kind in use, the models of all folds.
 
     unfreeze: how many of the tower's last layers were trained, so which layers' output is the input here. views: whose
     predictions are averaged, the plain one first.
@@ -49,35 +49,42 @@ class Trained:
     views: Sequence[str]
 
     @classmethod
-    def load(cls, folders: Sequence[Path], clip: Clip, device: str) -> Trained:
+    def load(cls, folders: Sequence[Path], clip: Clip, device: str, kinds: Collection[str] = KINDS) -> Trained:
         """Load the files ridge.safetensors, linear.safetensors and model_a.safetensors of every fold's folder.
 
-        clip: the one that they were trained on; it is not changed.
+        clip: the one that they were trained on; it is not changed. kinds: some of KINDS; the others' files may be gone.
 
         Raises:
             OSError, ValueError: a file is missing, or is of another CLIP.
         """
-        models: dict[str, list[nn.Sequential]] = {kind: [] for kind in KINDS}
+        models: dict[str, list[nn.Sequential]] = {kind: [] for kind in KINDS if kind in kinds}
         layers = tower(clip.model.visual)
-        settings: set[str] = set()
+        depths: set[int] = set()
+        views: set[tuple[str, ...]] = set()
         for folder in folders:
-            for kind in KINDS:
+            for kind in models:
                 path = folder / f"{kind}.safetensors"
                 with safe_open(path, "pt", device=device) as file:
-                    stored = file.metadata()["settings"]
+                    stored = json.loads(file.metadata()["settings"])
                     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                views.add(tuple(stored["views"]))
                 if kind != "ridge":
-                    settings.add(stored)
-                last = unfrozen(layers, json.loads(stored)["unfreeze"])
+                    depths.add(stored["unfreeze"])
+                last = unfrozen(layers, stored["unfreeze"])
                 models[kind].append(_model(path, kind, last, weights).to(device).eval())
-        if len(settings) != 1:
+        if len(depths) > 1 or len(views) > 1:
             raise ValueError(
                 f"{folders[0].parent.parent}: the folds were trained with other settings: train them again"
             )
-        return cls(models, **json.loads(settings.pop()))
+        return cls(models, max(depths, default=0), next(iter(views), ("plain",)))
+
+    def only(self, kinds: Collection[str], views: int | None = None) -> Trained:
+        """Some of its kinds, with the first of its views or, by default, all of them."""
+        left = {kind: models for kind, models in self.models.items() if kind in kinds}
+        return replace(self, models=left, views=self.views[:views])
 
     @torch.no_grad()
-    def __call__(self, pooled: Sequence[Tensor], frozen: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __call__(self, pooled: Sequence[Tensor | None], frozen: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Predict a batch: by kind (b, 384) float32, the mean of the folds' predictions, each at norm 1.
 
         A fold's prediction is the mean of the views', each at norm 1, at norm 1 again.
@@ -85,6 +92,7 @@ class Trained:
         Args:
             pooled: for each view V(x) of the untouched tower, (b, d) float32.
             frozen: for each view the input of the layers that were trained, (b, ...); without such layers as `pooled`.
+                What no kind in use needs may be None.
         """
         found = {}
         for kind, models in self.models.items():

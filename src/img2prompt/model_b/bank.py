@@ -81,10 +81,13 @@ class Bank:
 
     @classmethod
     def load(cls, folder: Path) -> Bank:
-        """Read what `save` wrote; keys are mapped from disk."""
+        """Read what `save` wrote; keys are mapped from disk, unless they are stored in half precision."""
         stored = read_json(folder / "choice.json")
         choice = Choice({kind: Setting(**value) for kind, value in stored["settings"].items()}, stored["image_share"])
-        keys = {kind: np.load(folder / f"{kind}_keys.npy", mmap_mode="r") for kind in choice.settings}
-        return cls(
-            keys, np.load(folder / "targets.npy"), np.load(folder / "rows.npy"), choice, stored["eps"], stored["coef"]
-        )
+        keys = {kind: _single(np.load(folder / f"{kind}_keys.npy", mmap_mode="r")) for kind in choice.settings}
+        targets = _single(np.load(folder / "targets.npy"))
+        return cls(keys, targets, np.load(folder / "rows.npy"), choice, stored["eps"], stored["coef"])
+
+
+def _single(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32) if x.dtype == np.float16 else x

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from img2prompt.clip.features import Embedder, read_ahead, within_half
-from img2prompt.clip.model import load_clip, view
+from img2prompt.clip.model import Clip, load_clip, view
 from img2prompt.core.blocks import blocks
 from img2prompt.core.device import device as default_device
 from img2prompt.core.device import off, onto
 from img2prompt.core.images import decode, open_image, to_rgb
 from img2prompt.core.storage import digest, numbered
-from img2prompt.ensemble.members import name_of
+from img2prompt.ensemble.members import kind_of, name_of
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.model_a.trained import KINDS, Trained
 from img2prompt.model_b.bank import Bank
+from img2prompt.predict.bundle import MANIFEST, Bundle, Links, is_bundle
 
 if TYPE_CHECKING:
     from img2prompt.words.words import Words
@@ -51,26 +53,38 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _OneClip:
-    """What a CLIP and the models trained on it make of a batch of images."""
+    """What a CLIP and the models in use that were trained on it make of a batch of images."""
 
     number: int
+    clip: Clip
     transforms: list[Callable[[Image.Image], Tensor]]  # one a view, the plain one first
     embedders: list[Embedder]
     trained: Trained
-    bank: Bank
+    bank: Bank | None
     device: str
 
     @classmethod
-    def load(cls, folder: Path, number: int, folds: Sequence[int], device: str) -> _OneClip:
+    def load(cls, folder: Path, number: int, folds: Sequence[int], device: str, kinds: Collection[str]) -> _OneClip:
         clip = load_clip(folder / f"clip/{number}", device)
-        trained = Trained.load([folder / f"model_a/fold_{k}/{number}" for k in folds], clip, device)
+        trained = Trained.load([folder / f"model_a/fold_{k}/{number}" for k in folds], clip, device, kinds)
+        bank = Bank.load(folder / f"knn/{number}").on(device) if "model_b" in kinds else None
+        return cls.of(number, clip, trained, bank, device)
+
+    @classmethod
+    def of(cls, number: int, clip: Clip, trained: Trained, bank: Bank | None, device: str) -> _OneClip:
         transforms = [view(clip, name) for name in trained.views]
-        frozen = ["frozen"] * (trained.unfreeze > 0)
+        wanted = ["pooled"] * ("ridge" in trained.models or not trained.unfreeze)
+        wanted += ["frozen"] * (trained.unfreeze > 0)
         embedders = [
-            Embedder(clip, device, trained.unfreeze, [*["image"] * (name == "plain"), "pooled", *frozen])
+            Embedder(clip, device, trained.unfreeze, [*["image"] * (name == "plain" and bank is not None), *wanted])
             for name in trained.views
         ]
-        return cls(number, transforms, embedders, trained, Bank.load(folder / f"knn/{number}").on(device), device)
+        return cls(number, clip, transforms, embedders, trained, bank, device)
+
+    def only(self, kinds: Collection[str], views: int | None = None) -> _OneClip:
+        """Some of its models; of Model A's family the first views or, by default, all of them."""
+        trained = self.trained.only(kinds, views)
+        return self.of(self.number, self.clip, trained, self.bank if "model_b" in kinds else None, self.device)
 
     def name(self, kind: str) -> str:
         return name_of(kind, self.number)
@@ -78,43 +92,74 @@ class _OneClip:
     def launch(self, views: Iterable[Tensor]) -> dict[str, Tensor]:
         """Model A's family on a batch's views, and what `finish` needs; nobody waits for the device yet."""
         seen = [embed.launch(x) for embed, x in zip(self.embedders, views, strict=True)]
-        pooled = [found["pooled"] for found in seen]
-        found = self.trained(pooled, [found.get("frozen", found["pooled"]) for found in seen])
-        found["image"], found["within"] = seen[0]["image"], torch.stack([one["within"] for one in seen]).all()
+        pooled = [found.get("pooled") for found in seen]
+        found = self.trained(pooled, [found.get("frozen", found.get("pooled")) for found in seen])
+        found["within"] = torch.stack([one["within"] for one in seen]).all()
+        if self.bank:
+            found["image"] = seen[0]["image"]
         return {self.name(kind): value for kind, value in found.items()}
 
     def finish(self, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """All models' predictions by name, of what `launch` found, now on the CPU."""
         within_half(found[self.name("within")])
-        members = {self.name(kind): found[self.name(kind)].numpy() for kind in KINDS}
-        predicted, _ = self.bank.predict(found[self.name("image")].numpy(), self.device)
-        return members | {self.name("model_b"): predicted}
+        members = {self.name(kind): found[self.name(kind)].numpy() for kind in self.trained.models}
+        if self.bank:
+            members[self.name("model_b")], _ = self.bank.predict(found[self.name("image")].numpy(), self.device)
+        return members
 
 
 class Predictor:
     """A trained model: CLIPs, the models of all folds on them, their banks of neighbours, and the mix.
 
     An image's prediction is a function of the image and the model, whatever else is predicted with it.
+
+    >>> from img2prompt import Predictor
+    >>> Predictor.load("bundle").predict(["a.png", "b.png"]).embeddings.shape
+    (2, 384)
     """
 
     def __init__(self, clips: Sequence[_OneClip], mixture: Mixture, folder: Path, device: str) -> None:
         self._clips, self._mixture, self._folder, self._device = list(clips), mixture, folder, device
+        self._links: Links | None = None  # where the folder is of a bundle's, it lasts as long as they do
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None) -> Predictor:
         """Load a trained model.
 
-        folder: has clip/N (open_clip folders), model_a/fold_K/N (safetensors), knn/N (keys, targets, choice) and
-        ensemble/ (weights.json, constant.npy), as the pipeline's outputs do. device: a torch device; None: CUDA where
-        it is, else the CPU.
+        folder: a bundle, or what has clip/N (open_clip folders), model_a/fold_K/N (safetensors), knn/N (keys, targets,
+        choice) and ensemble/ (weights.json, constant.npy), as the pipeline's outputs do. Of a bundle the digest of
+        every file and the vectors of its canaries are checked. device: a torch device; None: CUDA where it is, else
+        the CPU.
 
         Raises:
-            OSError, ValueError: something is missing, or the parts do not go together.
+            OSError, ValueError: something is missing, damaged, or the parts do not go together.
         """
         folder, device = Path(folder), device or default_device()
+        if not is_bundle(folder) and not (folder / "ensemble/weights.json").is_file():
+            raise FileNotFoundError(f"{folder}: no trained model: a bundle has {MANIFEST}, outputs have ensemble/")
+        if not is_bundle(folder):
+            return cls._read(folder, device)
+        bundle = Bundle.read(folder)
+        found = cls.of_files(bundle.files, device, bundle.manifest["members"])
+        found.identity = bundle.manifest["sha256"]
+        bundle.check(found.predict(bundle.canaries).embeddings)
+        return found
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, Path], device: str, members: Collection[str]) -> Predictor:
+        """Load some members of a trained model, from files by their places in the pipeline's outputs."""
+        links = Links(files)
+        found = cls._read(links.folder, device, members)
+        found._links = links
+        return found
+
+    @classmethod
+    def _read(cls, folder: Path, device: str, members: Collection[str] | None = None) -> Predictor:
         mixture = Mixture.load(folder / "ensemble")
-        numbers = [int(path.name) for path in numbered(folder / "clip")]
-        clips = [_OneClip.load(folder, number, mixture.folds, device) for number in numbers]
+        clips = []
+        for number in (int(path.name) for path in numbered(folder / "clip")):
+            kinds = _kinds(members, number) if members else {*KINDS, "model_b"}
+            clips.append(_OneClip.load(folder, number, mixture.folds, device, kinds))
         return cls(clips, mixture, folder, device)
 
     @cached_property
@@ -132,9 +177,38 @@ class Predictor:
         from img2prompt.words.words import Words  # loads a sentence encoder, which vectors alone do not need
 
         folder = self._folder / "words"
+        if not folder.is_dir() and self._links:
+            raise ValueError("words: the run that the bundle was exported from had none; there are vectors only")
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder: `dvc repro words` makes it; without it there are vectors only")
         return Words.load(folder, self._device)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """By a CLIP's number, how it takes an image, and of which views its models average the predictions."""
+        found = {}
+        for clip in self._clips:
+            preprocess = asdict(PreprocessCfg(**clip.clip.model.visual.preprocess_cfg))
+            found[str(clip.number)] = {**preprocess, "views": list(clip.trained.views)}
+        return found
+
+    def cheaper(self) -> tuple[str, Predictor] | None:
+        """What of the model to do without next where time is short, and the model without it; None: nothing.
+
+        First every view but the plain one, then the member of least weight, as long as another one is left.
+        """
+        left = self._mixture.members
+        if views := {name for clip in self._clips for name in clip.trained.views[1:]}:
+            less = f"the views {', '.join(sorted(views))}"
+        elif len(left) > 1:
+            less = min(left, key=self._mixture.weights.__getitem__)
+            left = [name for name in left if name != less]
+        else:
+            return None
+        clips = [clip.only(kinds, 1) for clip in self._clips if (kinds := _kinds(left, clip.number))]
+        found = Predictor(clips, self._mixture.only(left), self._folder, self._device)
+        found._links = self._links
+        return less, found
 
     def predict(self, images: Sequence[Source], batch_size: int = 64) -> Prediction:
         """Predict images: paths or references (as `open_image` takes them), bytes of files, or PIL images.
@@ -209,6 +283,11 @@ def _together(items: Sequence[tuple[list[Tensor], Error | None]]) -> tuple[list[
     """A batch: of every view (b, 3, size, size) float32, and the errors."""
     seen, errors = zip(*items, strict=True)
     return [torch.stack(of_view) for of_view in zip(*seen, strict=True)], list(errors)
+
+
+def _kinds(members: Collection[str], number: int) -> set[str]:
+    """Of members by name, the kinds of those of one CLIP."""
+    return {kind for kind, of in map(kind_of, members) if of == number}
 
 
 def _rgb(image: Source) -> Image.Image:

