@@ -63,12 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writing = time.monotonic() - before
     print(f"{options.output}: {len(ids)} images, the mean for now", flush=True)
 
-    from img2prompt.predict.predictor import Predictor
+    deadline, done = START + 60 * options.minutes - 2 * writing, 0
+    if time.monotonic() < deadline:
+        from img2prompt.predict.predictor import Predictor
 
-    predictor = Predictor.load(bundle)
-    fill(predictions, predictor, images, START + 60 * options.minutes - 2 * writing)
-    with whole(options.output) as path:
-        write_submission(path, ids, predictions)
+        done = fill(predictions, Predictor.load(bundle), images, deadline)
+    if done < len(images):
+        print(f"no time left: {len(images) - done} of {len(images)} images keep the mean", flush=True)
+    if done:
+        with whole(options.output) as path:
+            write_submission(path, ids, predictions)
     print(f"{options.output}: {len(ids)} images, after {time.monotonic() - START:.0f} s", flush=True)
 
 
@@ -92,24 +96,31 @@ def install(wheels: Sequence[Path]) -> None:
 
 def listed(competition: Path) -> tuple[list[str], list[Path]]:
     """The images' ids and files: in the order of sample_submission.csv where it has the same ids, else sorted."""
-    from img2prompt.sources.readers import SUFFIXES, submission_ids
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import csv
+
+    from img2prompt.sources.readers import SUFFIXES
 
     files = {}
     for path in sorted((competition / "images").iterdir()):
         if path.suffix.lower() in SUFFIXES:
             files.setdefault(path.stem, path)
+    column, ids, why = "imgId_eId", [], "other ids"
+    only = csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
     try:
-        ids = list(submission_ids(competition / "sample_submission.csv"))
-    except ValueError as error:
-        ids = [f"none, for {error}"]
-    if set(ids) != set(files):
-        print(f"sample_submission.csv has {len(ids)} ids, and not those of the {len(files)} images: sorted")
+        names = csv.read_csv(competition / "sample_submission.csv", convert_options=only)[column]
+        ids = [name.removesuffix("_0") for name in names.filter(pc.ends_with(names, "_0")).to_pylist()]
+    except (OSError, KeyError, ValueError) as error:
+        why = str(error)
+    if sorted(ids) != sorted(files):
+        print(f"sample_submission.csv is not of the {len(files)} images ({why}): ids are sorted", flush=True)
         ids = sorted(files)
     return ids, [files[name] for name in ids]
 
 
-def fill(predictions: np.ndarray, predictor: Predictor, images: Sequence[Path], deadline: float) -> None:
-    """Predict images into predictions (m, 384), with less of the model, or not all of them, where time is short."""
+def fill(predictions: np.ndarray, predictor: Predictor, images: Sequence[Path], deadline: float) -> int:
+    """Predict images into predictions (m, 384), with less of the model where time is short; return how many of them."""
     done, measured = 0, []
     while done < len(images) and time.monotonic() < deadline:
         size = PROBES[len(measured)] if len(measured) < len(PROBES) else len(images)
@@ -134,8 +145,7 @@ def fill(predictions: np.ndarray, predictor: Predictor, images: Sequence[Path], 
                 if left < BATCH * each:
                     deadline = now
                     break
-    if done < len(images):
-        print(f"no time left: {len(images) - done} of {len(images)} images keep the mean", flush=True)
+    return done
 
 
 if __name__ == "__main__":
