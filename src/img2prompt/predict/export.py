@@ -231,10 +231,12 @@ def versions() -> dict[str, str]:
 
 def _text(package: str, name: str) -> str:
     """A licence file of an installed package."""
-    found = metadata.distribution(package).read_text(f"licenses/{name}")
-    if found is None:
+    # A source tree that is in the path may have metadata of its own, without licences.
+    texts = (found.read_text(f"licenses/{name}") for found in metadata.distributions(name=package))
+    text = next(filter(None, texts), None)
+    if text is None:
         raise ValueError(f"{package} is installed without its {name}: install it again")
-    return found
+    return text
 
 
 def _licences(outputs: Path, clips: Sequence[str], thumbnails: bool) -> dict[str, str]:
