@@ -13,8 +13,9 @@ import numpy as np
 
 from img2prompt.words.phrases import KINDS, Phrase, Phrases, join, split
 
-ROUNDS = 3  # changes of a chain: prompts that are longer come nearer to the prediction, but not to the truth
-TRIED = 24  # candidates that are embedded in a round of a chain
+# Chosen out of fold (`bench/words.py --fold`): more of either costs more than it brings, and makes prompts longer.
+ROUNDS = 3  # changes of a chain
+TRIED = 16  # candidates that are embedded in a round of a chain
 GAIN = 0.02  # of cosine: what a change must bring, or the prompt would grow for nothing
 SHORTLIST = {"medium": 24, "subject": 64, "modifier": 96}  # the nearest phrases, from which a chain's changes are made
 EDITED = 64  # phrases of a nearest prompt, up to which it is changed
@@ -128,7 +129,7 @@ class Contest:
         old_kinds = np.array(["", *(phrase.kind for phrase in entry.phrases)], dtype=object)
         new_kinds = np.array(["", *self._kinds[short]], dtype=object)
         allowed = new_kinds[:, None] == old_kinds[None]
-        allowed[:, 0] = new_kinds == "modifier"
+        allowed[:, 0] = (new_kinds == "modifier") | (new_kinds == "subject")
         if entry.phrases[0].kind == "subject":
             allowed[:, 0] |= new_kinds == "medium"
         allowed[0] = old_kinds != "subject"
