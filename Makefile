@@ -2,12 +2,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+BROWSER := .venv/.browser
 # Stages run `python`: the venv's, whatever the shell has.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test test-slow lint search compare table
+.PHONY: help setup check submission test test-slow test-browser lint search compare table
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,12 +27,20 @@ check: $(STAMP)  ## check params.yaml
 submission: check  ## run the pipeline to outputs/submission.csv and show the scores
 	dvc repro
 	@cat outputs/scores/scores.md
+	@echo "The run, to look at: outputs/report/index.html"
 
-test: check  ## run the tests, but for the slow ones
-	python -m pytest -m "not slow"
+test: check  ## run the tests, but for the slow ones and those in a browser
+	python -m pytest -m "not slow and not browser"
 
 test-slow: check  ## run the slow tests
 	python -m pytest -m slow
+
+$(BROWSER): requirements-browser.txt $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-browser.txt -c constraints.txt
+	touch $@
+
+test-browser: check $(BROWSER)  ## run the tests that open pages in chromium
+	python -m pytest -m browser
 
 lint: $(STAMP)  ## check the style
 	ruff check

@@ -71,7 +71,7 @@ def contents(home: Path) -> dict[str, dict[str, str]]:
     found = {}
     parted = ("embed_prompts", "embed_test", "model_a", "predict")  # declared in parts
     for out in sorted([*outputs.glob("*"), *(part for name in parted for part in outputs.glob(f"{name}/*"))]):
-        if out.name in {".resume", ".lock", *parted} or out.suffix == ".partial":
+        if out.name in {".resume", ".lock", "run.js", *parted} or out.suffix == ".partial":
             continue
         files = [out] if out.is_file() else [file for file in sorted(out.rglob("*")) if file.is_file()]
         found[str(out.relative_to(outputs))] = {

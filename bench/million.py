@@ -104,7 +104,7 @@ def ensemble(load: Callable[[str], np.ndarray]) -> str:
     cosines = Cosines.between([Stack([load(f"member_{i}")]) for i in range(MEMBERS)], load("targets"))
     fold, family = load("family") % 5, np.arange(MEMBERS) < MEMBERS - 1
     found, _ = cross_fitted(cosines, fold, np.ones(len(fold), dtype=bool), family)
-    alpha_curve(cosines, family)
+    alpha_curve(cosines, family, fold)
     return f"score {found.mean():.3f}"
 
 

@@ -27,5 +27,5 @@ def run(stage: Callable[..., None]) -> None:
         params = load_params()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    with process.turn(Path(sys.argv[0]).stem):
+    with process.turn(" ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]), recorded=True):
         stage(**{name: getattr(params, name) for name in inspect.signature(stage).parameters})

@@ -21,9 +21,10 @@ OUTPUTS = Path("outputs")
 def main(ensemble: EnsembleParams) -> None:
     """Write weights.json and constant.npy, members.csv, alpha.csv and oof.parquet.
 
-    members.csv: the weights in use, and those that are best out of fold, where no model is the mean of several.
-    alpha.csv: the best score out of fold at each share of Model A's family. oof.parquet: a row a train image, a column
-    a model with the cosine of its out-of-fold prediction.
+    members.csv: the weights in use, those that are best out of fold, where no model is the mean of several, and those
+    that each fold is mixed with, found on the other folds. alpha.csv: the best score out of fold at each share of Model
+    A's family, and what the same weights have on each fold. oof.parquet: a row a train image, a column a model with the
+    cosine of its out-of-fold prediction.
     """
     targets = np.load(OUTPUTS / "embed_prompts/train.npy", mmap_mode="r")
     rows = read_rows(OUTPUTS / "prepare/train.parquet", ["source", "id"])
@@ -48,12 +49,14 @@ def main(ensemble: EnsembleParams) -> None:
     oof = rows.assign(split="train", fold=fold, group=table.group.to_numpy(), scored=scored)
     for name, predictions in {"constant": mean_oof, **models}.items():
         oof[name] = cosine(predictions, targets).astype(np.float32)
-    oof["ensemble"] = cross_fitted(members, fold, scored, family, alpha)[0].astype(np.float32)
+    ensembled, by_fold = cross_fitted(members, fold, scored, family, alpha)
+    oof["ensemble"] = ensembled.astype(np.float32)
     with whole_folder(OUTPUTS / "ensemble") as out:
         Mixture(dict(zip(names, weights.tolist(), strict=True)), mean, tuple(ids)).save(out)
         weighed = pd.DataFrame({"member": names, "weight": weights, "weight_oof": searched})
+        weighed = weighed.assign(**{f"fold_{held_out}": found for held_out, found in by_fold.items()})
         weighed.to_csv(out / "members.csv", index=False)
-        alpha_curve(members[scored], family).to_csv(out / "alpha.csv", index=False)
+        alpha_curve(members[scored], family, fold[scored]).to_csv(out / "alpha.csv", index=False)
         oof.to_parquet(out / "oof.parquet", index=False)
     print(weighed.round(4).to_string(index=False))
 

@@ -103,7 +103,7 @@ LEARN = [
     "fetch", "prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "freeze", "model_a", "knn",
     "ensemble", "words",
 ]  # fmt: skip
-APPLY = ["prepare_test", "embed_test", "predict", "scores", "submit"]
+APPLY = ["prepare_test", "embed_test", "predict", "scores", "submit", "report"]
 STAGES = [*LEARN, *APPLY]
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from img2prompt.prompts import dedup
-from img2prompt.prompts.dedup import deduplicate, max_cosine
+from img2prompt.prompts.dedup import deduplicate, max_cosine, nearest_below
 
 THRESHOLDS = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 
@@ -209,3 +209,24 @@ def test_max_cosine_equals_brute_force(monkeypatch, dtype):
 def test_max_cosine_without_a_pair_is_refused():
     with pytest.raises(ValueError, match="different groups"):
         max_cosine(unit(0, 10), unit(0, 10), np.zeros(2), np.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.7, 0.95])
+def test_the_pairs_just_below_the_threshold_are_the_nearest_of_all(monkeypatch, dtype, threshold):
+    prefilter(monkeypatch, dtype)
+    rows = clusters(900)
+    rows = rows[deduplicate(rows, threshold).kept[0]]
+    i, j, cosine = nearest_below(rows, threshold, 20)
+    every = np.tril(rows.astype(np.float64) @ rows.astype(np.float64).T, -1)[np.tril_indices(len(rows), -1)]
+    np.testing.assert_allclose(cosine, np.sort(every)[::-1][:20], atol=1e-12)
+    np.testing.assert_allclose(cosine, np.einsum("nd,nd->n", rows[i], rows[j], dtype=np.float64))
+    assert (i > j).all()
+    assert cosine.max() <= threshold
+
+
+def test_of_few_rows_all_pairs_are_found_however_far():
+    i, j, cosine = nearest_below(unit(0, 90, 180), 0.85, 20)
+    assert list(zip(i.tolist(), j.tolist(), strict=True)) == [(1, 0), (2, 1), (2, 0)]
+    np.testing.assert_allclose(cosine, [0, 0, -1], atol=1e-6)
+    assert [len(part) for part in nearest_below(unit(0), 0.85, 20)] == [0, 0, 0]

@@ -111,7 +111,7 @@ def test_prepare_s_section_is_shared_by_its_two_stages_key_by_key():
 def test_nothing_that_learns_depends_on_what_is_predicted():
     """Neither on `prepare.test` nor, through any number of stages, on what a stage makes of it."""
     made_by = {path: stage for stage in STAGES for path in outputs(stage)}
-    apply = {"prepare_test", "embed_test", "predict", "scores", "submit"}
+    apply = {"prepare_test", "embed_test", "predict", "scores", "submit", "report"}
     for stage in set(STAGES) - apply:
         assert "prepare.test" not in STAGES[stage].get("params", [])
         sources = {owner for dep in STAGES[stage]["deps"] for path, owner in made_by.items() if path.startswith(dep)}

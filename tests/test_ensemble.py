@@ -106,7 +106,7 @@ def test_opposite_members_do_not_break_the_search():
     cosines = Cosines.between([a, -a], a)
     weights = search_weights(cosines)
     assert cosines.of_mix(weights).mean() == pytest.approx(1)
-    assert np.isfinite(alpha_curve(cosines, np.array([True, False]))["score"]).all()
+    assert np.isfinite(alpha_curve(cosines, np.array([True, False]), np.zeros(len(a), int))["score"]).all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -128,11 +128,14 @@ def test_two_members_of_a_given_alpha_leave_nothing_to_search(members):
 
 def test_the_curve_has_the_best_score_at_each_alpha(members):
     cosines, family = Cosines.between(*members), np.array([True, True, False])
-    curve = alpha_curve(cosines, family)
+    fold = np.arange(len(members[1])) % 3
+    curve = alpha_curve(cosines, family, fold)
     assert curve["alpha"].tolist() == [i / 100 for i in range(101)]
     for alpha in (0.0, 0.25, 0.8, 1.0):
         best = cosines.of_mix(search_weights(cosines, family, alpha)).mean()
         assert curve["score"][round(100 * alpha)] == pytest.approx(best, abs=1e-9)
+    of_folds = curve[["fold_0", "fold_1", "fold_2"]] @ (np.bincount(fold) / len(fold))
+    assert np.allclose(of_folds, curve["score"], atol=1e-12)
     top = search_weights(cosines)
     assert curve["score"].max() <= cosines.of_mix(top).mean() + 1e-12
     assert curve["alpha"][curve["score"].argmax()] == pytest.approx(top[family].sum(), abs=0.01)

@@ -32,7 +32,7 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
     library = REPOSITORY / "src/img2prompt"
     wanted = {
         f"img2prompt/{path.relative_to(library)}"
-        for suffix in ("py", "txt", "yaml")
+        for suffix in ("py", "css", "html", "js", "txt", "yaml")
         for path in library.rglob(f"*.{suffix}")
     }
     assert files == wanted

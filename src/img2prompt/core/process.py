@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import json
 import os
+import platform
 import resource
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "open_clip", "sentence_transformers")
+RECORD = Path("outputs/run.js")  # ignored by git, no stage's output: what differs from run to run of the same inputs
 
 
 def threads() -> int:
@@ -33,11 +39,11 @@ def settle() -> None:
 
 
 @contextlib.contextmanager
-def turn(name: str) -> Iterator[None]:
+def turn(name: str, recorded: bool = False) -> Iterator[None]:
     """Run the block once no other process of the project writes to outputs/, and report time and peak memory.
 
-    Ends the process with a short message where the block raises a ValueError or an OSError, and with status 130 where
-    it is interrupted.
+    recorded: they are noted in RECORD too. Ends the process with a short message where the block raises a ValueError or
+    an OSError, and with status 130 where it is interrupted.
     """
     gc.enable()
     gc.freeze()  # imported objects stay until the end: the garbage collector need not visit them
@@ -55,8 +61,38 @@ def turn(name: str) -> Iterator[None]:
         except KeyboardInterrupt:
             print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"{name}: {time.monotonic() - start:.0f} s, peak {peak / 2**20:.2f} GB", flush=True)
+        seconds = time.monotonic() - start
+        peak = (
+            max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+        )
+        if recorded:
+            _record(name, seconds, peak)
+    print(f"{name}: {seconds:.0f} s, peak {peak:.2f} GB", flush=True)
+
+
+def _record(name: str, seconds: float, peak: float) -> None:
+    """Put a stage's line, `stage({...});`, in RECORD in place of its earlier one."""
+    from img2prompt.core.storage import whole  # imports numpy, before which `settle` has to be called
+
+    loaded = ((module, getattr(sys.modules.get(module), "__version__", None)) for module in LIBRARIES)
+    versions = {"python": platform.python_version()} | {module: str(version) for module, version in loaded if version}
+    found = {"name": name, "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+    found |= {"commit": _commit(), "versions": versions}
+    start = f'stage({{"name": {json.dumps(name)},'
+    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
+    lines = [line for line in lines if not line.startswith(start)]
+    with whole(RECORD) as path:
+        path.write_text("\n".join([*lines, f"stage({json.dumps(found)});", ""]), encoding="utf-8")
+
+
+def _commit() -> str:
+    """The commit of the current folder, and whether its files differ; DVC's lock file does not count."""
+    try:
+        asked = ("git", "rev-parse", "--short=10", "HEAD"), ("git", "diff", "--name-only", "HEAD", "--", ":!dvc.lock")
+        commit, changed = (subprocess.run(ask, capture_output=True, text=True, check=True).stdout for ask in asked)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + (" with changes" if changed else "")
 
 
 class Watch(threading.Thread):

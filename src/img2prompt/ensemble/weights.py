@@ -143,15 +143,20 @@ def search_weights(
     return best
 
 
-def alpha_curve(cosines: Cosines, family: np.ndarray) -> pd.DataFrame:
-    """The best mean cosine at each of 101 shares of a family (m,) bool of the members: columns `alpha`, `score`."""
+def alpha_curve(cosines: Cosines, family: np.ndarray, fold: np.ndarray) -> pd.DataFrame:
+    """The best mean cosine at each of 101 shares of a family (m,) bool of the members: columns `alpha`, `score`.
+
+    fold (n,) int64: a column `fold_K` each has the mean cosine that the same weights have on the fold's rows.
+    """
     import pandas as pd  # prediction, which needs `mix`, does without pandas
 
     rows, weights = [], None
+    of_fold = {f"fold_{own}": fold == own for own in np.unique(fold)}
     for alpha in np.arange(101) / 100:
         weights = search_weights(cosines, family, alpha, weights)  # the optimum of the last alpha is near this one
-        rows.append((alpha, -cosines.loss(weights)[0]))
-    return pd.DataFrame(rows, columns=["alpha", "score"])
+        of_mix = cosines.of_mix(weights)
+        rows.append((alpha, -cosines.loss(weights)[0], *(of_mix[own].mean() for own in of_fold.values())))
+    return pd.DataFrame(rows, columns=["alpha", "score", *of_fold])
 
 
 def cross_fitted(

@@ -231,3 +231,30 @@ def max_cosine(
                 near = score >= score.max() - 2 * MARGIN
                 best = max(best, exact_cosines(a, start + i[near], b, first + j[near]).max())
     return float(best)
+
+
+def nearest_below(
+    embeddings: np.ndarray, threshold: float, n: int, device: str | torch.device = "cpu"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n pairs of rows i > j with the largest cosines, where none is above `threshold`: the nearest to it.
+
+    `embeddings`: (m, d) float32 at norm 1, such as rows that `deduplicate` keeps. Returns i, j: (n,) int64 and cosine:
+    (n,) float64, the largest first; fewer where there are fewer pairs. Never holds an m x m matrix.
+    """
+    fast = FastCosines(embeddings, device)
+    rows, width, found = fast.cast(embeddings), 0.01, np.empty((3, 0))
+    while found.shape[1] < min(n, len(rows) * (len(rows) - 1) // 2):
+        width, found = 4 * width, np.empty((3, 0))
+        limit = threshold - width  # almost always enough: pairs this near are many
+        for start in range(0, len(rows), fast.block):
+            stop = min(start + fast.block, len(rows))
+            for first in range(0, stop, fast.tile):
+                i, j, _ = fast.pairs(rows[start:stop], rows[first : min(first + fast.tile, stop)], limit)
+                i, j = start + i, first + j
+                i, j = i[i > j], j[i > j]
+                cosine = exact_cosines(embeddings, i, embeddings, j)
+                found = np.concatenate([found, np.stack([i, j, cosine])[:, cosine >= limit]], axis=1)
+                found = found[:, np.lexsort((found[1], found[0], -found[2]))[:n]]
+                if found.shape[1] == n:
+                    limit = found[2, -1]
+    return found[0].astype(np.int64), found[1].astype(np.int64), found[2]

@@ -13,7 +13,7 @@ import numpy as np
 
 from img2prompt.words.phrases import KINDS, Phrase, Phrases, join, split
 
-# Chosen out of fold (`bench/words.py --fold`): more of either costs more than it brings, and makes prompts longer.
+# Chosen out of fold (`bench/words.py --fold`): more of them bring prompts little nearer to the truth, at more cost.
 ROUNDS = 3  # changes of a chain
 TRIED = 16  # candidates that are embedded in a round of a chain
 GAIN = 0.02  # of cosine: what a change must bring, or the prompt would grow for nothing
@@ -57,9 +57,9 @@ class Contest:
         """For each of m targets the prompt whose embedding is nearest to it among the candidates, and its cosine.
 
         The candidates are the target's nearest prompt, the nearest phrase, and what two chains end at: the nearest
-        subject with modifiers, and the nearest prompt with phrases added, exchanged and left out. A chain makes at most
-        ROUNDS changes, each the best of TRIED, each worth GAIN. Embedded are, for a target, at most EDITED phrases and
-        2 * ROUNDS * TRIED candidates, those of all targets together.
+        subject with phrases added, and the nearest prompt with phrases added, exchanged and left out. A chain makes at
+        most ROUNDS changes, each the best of TRIED, each worth GAIN. Embedded are, for a target, at most EDITED phrases
+        and 2 * ROUNDS * TRIED candidates, those of all targets together.
 
         Args:
             targets: (m, d) float32, norm 1.
