@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import made_chain
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
@@ -17,11 +16,6 @@ QUIET = [
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 LEVELS = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_clip):
-    return made_chain(tmp_path_factory.mktemp("chain"), tiny_clip)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import chain, change, made_chain, stage
+from conftest import chain, change, stage
 
 from img2prompt.core import process
 from img2prompt.core.metric import bootstrap_interval
@@ -18,6 +19,7 @@ from img2prompt.report import findings
 from img2prompt.report.charts import Line, chart
 from img2prompt.report.page import LONGEST, Cell, Table, mean_cell, shortened
 from img2prompt.report.run import Run
+from img2prompt.words.words import Said
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -69,11 +71,6 @@ def page():
     return Page(Path("outputs/report/index.html").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_clip):
-    return made_chain(tmp_path_factory.mktemp("chain"), tiny_clip)
-
-
 @pytest.fixture
 def home(made, monkeypatch):
     """A folder where the chain has run, to look at."""
@@ -85,6 +82,13 @@ def copy(made, tmp_path, monkeypatch):
     """A copy of it, to change."""
     shutil.copytree(made, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+
+
+@pytest.fixture
+def wordless(monkeypatch):
+    """Composing prompts takes most of the report's time, and most tests do not look at them."""
+    words = SimpleNamespace(load=lambda *_: lambda embeddings: [Said("composed", 0.5, [], [])] * len(embeddings))
+    monkeypatch.setattr("pipelines.report.Words", words)
 
 
 def test_its_numbers_are_the_runs(home):
@@ -166,7 +170,7 @@ HOSTILE = [
 ]
 
 
-def test_text_from_elsewhere_stays_text(copy):
+def test_text_from_elsewhere_stays_text(copy, wordless):
     """Prompts, ids and file names are whatever somebody wrote."""
     plain = page()
     for path in (Path("outputs/prepare/train.parquet"), Path("outputs/prepare_test/test.parquet")):
@@ -185,7 +189,7 @@ def test_text_from_elsewhere_stays_text(copy):
     assert found.tables["Rows set aside"][1][3:] == [HOSTILE[0], "missing image", "<b>fix</b>"]
 
 
-def test_without_known_test_prompts_it_shows_train_pictures_out_of_fold(copy):
+def test_without_known_test_prompts_it_shows_train_pictures_out_of_fold(copy, wordless):
     Path("input/test/prompts.csv").unlink()
     chain(["prepare_test", "scores", "report"])
     found = page()
@@ -204,7 +208,7 @@ def test_without_known_test_prompts_it_shows_train_pictures_out_of_fold(copy):
     assert fold[prompts.tolist().index(nearest)] != fold[best]
 
 
-def test_what_is_not_there_is_said(copy):
+def test_what_is_not_there_is_said(copy, wordless):
     change(dedup={"threshold": 1.0})
     for file in Path("outputs/model_a").rglob("linear_history.csv"):
         file.write_text("epoch,loss,score\n")
