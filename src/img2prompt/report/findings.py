@@ -26,6 +26,7 @@ FEW = 30  # rows that a mean should be of: a bin of prompts has so many, where t
 BINS, CLUSTERS = 6, 12  # at most
 PAIRS = 20  # of prompts, the nearest to the dedup threshold
 LINES = 200  # of the quarantine
+EPOCHS = 20  # of which a history has a dot each
 ROWS = 2000  # whose nearest prompts are looked for at most; clusters are made of ten times as many
 
 
@@ -116,8 +117,12 @@ def training(run: Run) -> dict[str, object]:
             untrained.append(model)
             continue
         mean = pd.concat([table.set_index("epoch").score for table in histories.values()], axis=1).mean(axis=1)
-        lines = [Line(name, found.epoch, found.score, "faint", legend="each fold") for name, found in histories.items()]
-        lines.append(Line("mean of the folds", mean.index, mean, "main"))
+        dots = len(mean) <= EPOCHS
+        lines = [
+            Line(name, found.epoch, found.score, "faint", dots=dots, legend="each fold")
+            for name, found in histories.items()
+        ]
+        lines.append(Line("mean of the folds", mean.index, mean, "main", dots=dots))
         about = f"From {mean.iloc[0]:.4f} after the first epoch to {mean.iloc[-1]:.4f} after the last."
         charts.append(chart(f"{model}, validation rows", about, "epoch", "mean cosine", lines))
     choices = choices_table(run.outputs / "model_a", folds).rename(columns=lambda name: name.replace("_", " "))
