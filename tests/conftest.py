@@ -1,6 +1,7 @@
 import importlib
 import inspect
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -162,3 +163,16 @@ def made(tmp_path_factory, tiny_clip):
     before = digest(folder)
     yield folder
     assert digest(folder) == before, "a test changed the folder that all of them share"
+
+
+@pytest.fixture
+def home(made, monkeypatch):
+    """The folder where the chain has run, to look at, as the current one."""
+    monkeypatch.chdir(made)
+
+
+@pytest.fixture
+def copy(made, tmp_path, monkeypatch):
+    """A copy of it, to change."""
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")

@@ -39,19 +39,6 @@ from img2prompt.words.words import Words
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def home(made, monkeypatch):
-    """That folder, to look at."""
-    monkeypatch.chdir(made)
-
-
-@pytest.fixture
-def copy(made, tmp_path, monkeypatch):
-    """A copy of it, to change."""
-    shutil.copytree(made, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-
-
 def scores():
     return json.loads(Path("outputs/scores.json").read_text())
 

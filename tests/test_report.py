@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -69,19 +68,6 @@ class Page(HTMLParser):
 
 def page():
     return Page(Path("outputs/report/index.html").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def home(made, monkeypatch):
-    """A folder where the chain has run, to look at."""
-    monkeypatch.chdir(made)
-
-
-@pytest.fixture
-def copy(made, tmp_path, monkeypatch):
-    """A copy of it, to change."""
-    shutil.copytree(made, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
 
 
 @pytest.fixture
