@@ -83,11 +83,11 @@ function showRun() {
     head.scope = "row";
     head.textContent = name;
     row.append(head);
-    for (const number of [seconds, peak]) {
+    for (const [number, digits] of [[seconds, 1], [peak, 2]]) {
       const cell = row.insertCell();
       cell.className = "number";
       cell.dataset.value = number;
-      cell.textContent = number.toFixed(number === seconds ? 1 : 2);
+      cell.textContent = number.toFixed(digits);
     }
     row.insertCell().textContent = commit;
   }
