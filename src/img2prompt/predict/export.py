@@ -29,7 +29,7 @@ from img2prompt.core.progress import progress
 from img2prompt.core.storage import read_json, write_json
 from img2prompt.ensemble.members import kind_of
 from img2prompt.ensemble.mixture import Mixture
-from img2prompt.predict.bundle import FORMAT, Bundle, digest_of
+from img2prompt.predict.bundle import FORMAT, Bundle, digest_of, file_of
 from img2prompt.predict.predictor import Predictor
 from img2prompt.prompts.encoder import EMBEDDED, folder_of
 
@@ -51,7 +51,7 @@ class _Files:
 
     def at(self, place: str) -> Path:
         """The file to write for a place."""
-        self.found[place] = self.folder / place.replace("/", ".")
+        self.found[place] = self.folder / file_of(place)
         return self.found[place]
 
     def copy(self, source: Path, place: str) -> None:
