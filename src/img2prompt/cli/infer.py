@@ -30,6 +30,7 @@ START = time.monotonic()
 MOUNTS = ("*", "datasets/*/*", "competitions/*")  # where below /kaggle/input a dataset or a competition may be
 PROBES = (8, 24)  # images of a model's first batches: one to warm up, one to measure time by
 BATCH = 64
+RESERVE = 0.02  # of the time, for a batch that takes longer than those before it, and for the end of the process
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writing = time.monotonic() - before
     print(f"{options.output}: {len(ids)} images, the mean for now", flush=True)
 
-    deadline, done = START + 60 * options.minutes - 2 * writing, 0
+    deadline, done = START + 60 * options.minutes * (1 - RESERVE) - 2 * writing, 0
     if time.monotonic() < deadline:
         from img2prompt.predict.predictor import Predictor
 
