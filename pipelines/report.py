@@ -25,6 +25,7 @@ def main(prepare: PrepareParams, clip: ClipParams, dedup: DedupParams, ensemble:
     of, where = Run.read(OUTPUTS), device()
     page = render(
         "report.html",
+        title=", ".join("/".join(Path(source.path).parts[-2:]) for source in prepare.train),
         competition={"train": [source.path for source in prepare.train], "test": prepare.test.path},
         rows={
             "train": len(of.train),
