@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -377,3 +378,12 @@ def test_what_explain_cannot_show_it_says(here, capfd):
     Path("outputs").unlink()
     assert run("explain", "p007") == 1
     assert "`dvc repro` makes it" in capfd.readouterr().err
+
+
+def test_a_reader_may_have_seen_enough(here):
+    command = [sys.executable, "-c", "from img2prompt.cli.main import main; main()", "score"]
+    command += ["outputs/submission.csv", "outputs/prepare_test/test.parquet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"BrokenPipe" not in process.stderr.read()
+    assert process.returncode == 1

@@ -43,9 +43,12 @@ class Encoder:
 
     def __init__(self, name: str, device: str, quiet: bool = False) -> None:
         from sentence_transformers import SentenceTransformer  # takes seconds; prepare needs it for the sample only
+        from transformers.utils.logging import disable_progress_bar
 
         if name == EMBEDDED and not Path(name).is_dir():
             name = str(folder_of(name))
+        if Path(name).is_dir():
+            disable_progress_bar()  # there is nothing to wait for, and nothing to download
         self._model, self._quiet = SentenceTransformer(name, device=device).eval(), quiet
 
     def __call__(self, texts: Sequence[str], batch_size: int = 64, resume: Path | None = None) -> np.ndarray:
