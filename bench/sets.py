@@ -5,7 +5,8 @@
 The sets, all with params.yaml as it is: the sample, whole and with 330 and 800 rows; with 1,500 at 256 pixels; with a
 third of its prompts shuffled; with a long tail of 500 prompts; and competitions with `train` and `test` in a folder.
 `model_a.seed` and `folds.seed` are the seed. FOLDER keeps each stage's outputs, so that a second call goes on, or
-only writes the table. Differences are paired by picture, with 95% intervals over groups of similar prompts.
+only writes the tables: one with a row for each run, and the means over all seeds that a set has there, which `--docs`
+puts into docs/results.md. Differences are paired by picture, with 95% intervals over groups of similar prompts.
 """
 
 import argparse
@@ -19,8 +20,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from img2prompt.cli.documents import caption, put
 from img2prompt.core.images import read_image
 from img2prompt.core.metric import bootstrap_interval, unit
+from img2prompt.core.process import records
+from img2prompt.report.scores import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ("prepare", "embed_prompts", "dedup", "clip", "embed_images", "freeze")  # the seed changes none of these
@@ -118,8 +122,8 @@ def choices(home: Path) -> list[str]:
     return ["; ".join(shares), str(int(((found.lowered_tower > 0) | (found.lowered_head > 0)).sum()))]
 
 
-def show(titles: list[str], rows: list[list[str]]) -> None:
-    print("\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows]), end="\n\n")
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    return markdown([titles, ["---"] * len(titles), *rows])
 
 
 def main() -> None:
@@ -128,6 +132,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=[*SAMPLE, *MADE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--real", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--docs", action="store_true", help="put the means over seeds into docs/results.md")
     args = parser.parse_args()
     params, folder = yaml.safe_load((ROOT / "params.yaml").read_text()), args.folder.resolve()
     real = dict(named.split("=", 1) for named in args.real)
@@ -154,16 +159,20 @@ def main() -> None:
                     link.symlink_to(folder / name / "outputs" / stage)
             run(home, merged(changed, {"folds": {"seed": seed}, "model_a": {"seed": seed}}), SEEDED)
     scores = ["ridge", "linear minus ridge", "Model A minus ridge", "Model B", "ensemble", "minus its best member"]
-    runs = {name: [folder / f"{name}.{seed}" for seed in args.seeds] for name in args.sets}
-    each = [
-        [name, home.suffix[1:], *cells([read_oof(home)]), *choices(home)]
-        for name, homes in runs.items()
-        for home in homes
-    ]
-    show(["set", "seed", *scores, "share of the way, by fold: linear; Model A", "rates lowered"], each)
-    oofs = {name: [read_oof(home) for home in homes] for name, homes in runs.items()}
+    homes = {
+        name: [home for home in sorted(folder.glob(f"{name}.[0-9]*")) if (home / "outputs/ensemble").is_dir()]
+        for name in args.sets
+    }
+    each = [[name, home.suffix[1:], *cells([read_oof(home)]), *choices(home)] for name in homes for home in homes[name]]
+    print(table(["set", "seed", *scores, "share of the way, by fold: linear; Model A", "rates lowered"], each))
+    oofs = {name: [read_oof(home) for home in homes[name]] for name in homes}
     mean = [[name, f"{len(found[0]):,}", str(len(found)), *cells(found)] for name, found in oofs.items()]
-    show(["set", "scored prompts", "seeds", *scores], mean)
+    ran = [folder / name for name in homes] + [home for name in homes for home in homes[name]]
+    made = [record for home in ran for record in records(home / "outputs/run.js")]
+    means = f"{table(['set', 'scored prompts', 'seeds', *scores], mean)}\n{caption('Means over seeds', made)}"
+    print(means)
+    if args.docs:
+        put({"sets": means}, ROOT)
 
 
 if __name__ == "__main__":

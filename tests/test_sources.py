@@ -283,7 +283,7 @@ def test_texts_are_distinct(tmp_path):
         taken(tmp_path / "texts.txt", "test")
 
 
-def test_every_reason_has_a_meaning_and_the_readme_lists_them():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_every_reason_has_a_meaning_and_the_documents_list_them():
+    document = (Path(__file__).parents[1] / "docs/data.md").read_text()
     for reason, meaning in REASONS.items():
-        assert f"| {reason} | {meaning} |" in readme
+        assert f"| {reason} | {meaning} |" in document

@@ -4,7 +4,7 @@
     img2prompt score outputs/submission.csv input/my-test
 
 SUBMISSION has the columns imgId_eId,val. TRUTH is a file of the same form; or prompts, which are embedded: a table with
-the columns imgId (or id) and prompt, or a source in any layout of the README that names its images. Images are matched
+the columns imgId (or id) and prompt, or a source in a layout of docs/data.md that names its images. Images are matched
 by id, in whatever order they are. Norms do not matter. The interval is the 95% percentile bootstrap over images.
 
 An error names the first wrong row and what belongs there; of a submission the first row below the header is row 1.

@@ -3,6 +3,10 @@
 Rows that need the same run share one: an experiment named `table-...`, run in a copy of the project (`dvc exp run
 --temp`), so that the workspace stays as it is. What an experiment has in common with one before it, or with the
 workspace's own runs, comes from DVC's cache. `img2prompt table knn.k=50` sets a param for every row.
+
+`img2prompt table --docs` makes no table: it puts the scores of the last run and the last table into README.md and
+docs/*.md, each between the lines `<!-- table: scores NAME -->` or `<!-- table: paper NAME -->` and `<!-- end -->`. NAME
+is `sample`, or that of the folder of the train data.
 """
 
 import argparse
@@ -14,9 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from img2prompt.cli.compare import read_cosines
+from img2prompt.cli.compare import COSINES, read_cosines
+from img2prompt.cli.documents import caption, put
 from img2prompt.core.metric import bootstrap_interval
-from img2prompt.core.process import turn
+from img2prompt.core.process import CHANGED, commit, made, records, turn
 from img2prompt.core.storage import digest, read_json, whole_folder, write_json
 from img2prompt.report.comparison import KEY, results
 from img2prompt.report.figures import draw_results
@@ -98,6 +103,7 @@ COLUMNS = [
     *(f"vs_{to}{end}" for to in ("above", "first") for end in ("", "_low", "_high")),
 ]
 SECONDS = Path("outputs/table/seconds.json")
+MADE = SECONDS.with_name("made.json")
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -170,19 +176,62 @@ def report_of(table: pd.DataFrame) -> str:
     return markdown(lines)
 
 
+def data_of(cosines: pd.DataFrame) -> str:
+    """What the documents call the data of a run: the folders of its train sources, whatever is above these."""
+    sources = [Path(source) for source in cosines.source[cosines.split == "train"].unique()]
+    return ", ".join(path.parent.name if path.name == "train" else path.name for path in sources)
+
+
+def scores_for_documents() -> dict[str, str]:
+    """The last run's scores by the name of their place.
+
+    Raises:
+        ValueError: no run has been scored here, or it was not by a commit's code and params.
+    """
+    text, ran = Path("outputs/scores/scores.md"), {record["name"]: record for record in records()}
+    if "scores" not in ran or not text.is_file():
+        raise ValueError("no scored run in outputs/: `make submission` makes one")
+    scored, now = ran["scores"], commit()
+    if scored["commit"] != now or CHANGED in now:
+        raise ValueError(
+            f"the scores in outputs/ were made by {scored['commit']}, and the code and params here are {now}: commit "
+            "src/, pipelines/, dvc.yaml and params.yaml, then `dvc repro` and `dvc repro --single-item --force scores`"
+        )
+    data = data_of(pd.read_parquet(COSINES, columns=["source", "split"]))
+    how = [record | {key: scored[key] for key in ("commit", "date")} for record in ran.values()]
+    lines = text.read_text(encoding="utf-8").splitlines()
+    listed = "\n".join(line if line.startswith("|") or not line else f"- {line}" for line in lines)
+    took, peak = sum(record["seconds"] for record in how), max(record["peak_gb"] for record in how)
+    about = caption(f"Data: {data}; {took:.0f} seconds in all, at most {peak:.1f} GB", how)
+    return {f"scores {data}": f"{listed}\n\n{about}"}
+
+
+def table_for_documents() -> dict[str, str]:
+    """The last table by the name of its place, and the notes that hold for all of them; empty where none was made."""
+    if not MADE.is_file():
+        return {}
+    table, _, _ = SECONDS.with_name("table.md").read_text(encoding="utf-8").partition(NOTES)
+    return {f"paper {read_json(MADE)['data']}": table, "notes of the paper's table": NOTES.lstrip()}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments: params for every row."""
-    parser.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE")
+    """Add the arguments: params for every row, or that the documents get what there is."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("settings", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
+    either.add_argument("--docs", action="store_true", help="put the last scores and the last table into the documents")
 
 
 def main(options: argparse.Namespace) -> None:
-    """Make the table, when no other process writes to outputs/."""
+    """Make the table, or put it into the documents, when no other process writes to outputs/."""
     with turn("table"):
-        make(options.settings)
+        if options.docs:
+            put(scores_for_documents() | table_for_documents())
+        else:
+            make(options.settings)
 
 
 def make(settings: list[str]) -> None:
-    """Write table/{table.csv,table.md,table.png,seconds.json} and print table.md."""
+    """Write table/{table.csv,table.md,table.png,seconds.json,made.json} and print table.md."""
     forget()
     # The time of an experiment when its stages last ran, by settings and result: from DVC's cache it takes none.
     known = read_json(SECONDS) if SECONDS.is_file() else {}
@@ -206,9 +255,13 @@ def make(settings: list[str]) -> None:
     ours = cosines[name_of(OURS[-1])]
     models = [name for name in ours.columns if name.startswith(("model_", "linear", "ridge"))]
     gains = f"{filter_gain(rows)}\n{OURS[-1].name}, {gain_over_best_member(ours, models)}"
-    report = f"{report_of(table)}\n{gains}{NOTES}"
+    # Where the data are is nobody's business but this machine's.
+    data, how = data_of(ours), made()
+    about = caption(f"Data: {data}", [how], [text for text in settings if not text.startswith("prepare.t")])
+    report = f"{report_of(table)}\n{gains}\n{about}{NOTES}"
     with whole_folder(SECONDS.parent) as out:
         write_json(out / SECONDS.name, took)
+        write_json(out / MADE.name, {"data": data} | how)
         table[[*COLUMNS, "seconds"]].round(6).to_csv(out / "table.csv", index=False)
         (out / "table.md").write_text(report, encoding="utf-8")
         draw_results(out / "table.png", table, len(OURS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import gc
 import json
@@ -15,9 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "open_clip", "sentence_transformers")
 RECORD = Path("outputs/run.js")  # ignored by git, no stage's output: what differs from run to run of the same inputs
+CHANGED = " with changes"
+CODE = (":/src", ":/pipelines", ":/dvc.yaml", ":/params.yaml")  # in git's terms: what figures depend on beside the data
 
 
 def threads() -> int:
@@ -76,23 +80,47 @@ def _record(name: str, seconds: float, peak: float) -> None:
 
     loaded = ((module, getattr(sys.modules.get(module), "__version__", None)) for module in LIBRARIES)
     versions = {"python": platform.python_version()} | {module: str(version) for module, version in loaded if version}
-    found = {"name": name, "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
-    found |= {"commit": _commit(), "versions": versions}
-    start = f'stage({{"name": {json.dumps(name)},'
-    lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.is_file() else []
-    lines = [line for line in lines if not line.startswith(start)]
+    found = {"name": name, "seconds": round(seconds, 1), "peak_gb": round(peak, 2), **made(), "versions": versions}
+    others = [record for record in records() if record["name"] != name]
     with whole(RECORD) as path:
-        path.write_text("\n".join([*lines, f"stage({json.dumps(found)});", ""]), encoding="utf-8")
+        lines = [f"stage({json.dumps(record)});\n" for record in (*others, found)]
+        path.write_text("".join(lines), encoding="utf-8")
 
 
-def _commit() -> str:
-    """The commit of the current folder, and whether its files differ; DVC's lock file does not count."""
+def records(path: Path = RECORD) -> list[dict[str, Any]]:
+    """What stages have noted of their last runs, in the order of these: `name`, `seconds`, `peak_gb`, `versions`, and
+    what `made` says. Empty where there is no such file.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line.removeprefix("stage(").removesuffix(");")) for line in lines]
+
+
+def made() -> dict[str, str]:
+    """How figures are made here and now: the `commit` of the code, the `processor`, the `date`."""
+    return {"commit": commit(), "processor": processor(), "date": datetime.date.today().isoformat()}
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """The last commit in the history of `folder` that changed CODE, with a note where files of CODE differ from it."""
+    asked = ("log", "-1", "--abbrev=10", "--format=%h", "--", *CODE), ("status", "--porcelain", "--", *CODE)
     try:
-        asked = ("git", "rev-parse", "--short=10", "HEAD"), ("git", "diff", "--name-only", "HEAD", "--", ":!dvc.lock")
-        commit, changed = (subprocess.run(ask, capture_output=True, text=True, check=True).stdout for ask in asked)
+        found = [
+            subprocess.run(["git", "-C", folder, *ask], capture_output=True, text=True, check=True).stdout.strip()
+            for ask in asked
+        ]
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip() + (" with changes" if changed else "")
+        found = ["", ""]
+    return (found[0] or "unknown") + CHANGED * bool(found[1])
+
+
+def processor() -> str:
+    """The name of the GPU that this process has used, else of the CPU."""
+    torch, about = sys.modules.get("torch"), Path("/proc/cpuinfo")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 class Watch(threading.Thread):
