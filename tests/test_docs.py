@@ -193,6 +193,8 @@ def test_without_one_place_no_document_is_changed(project, readme, places):
 def test_a_caption_says_each_thing_once():
     ran = [{"commit": commit, "processor": "P", "date": date} for commit, date in (("c", "1"), ("d", "2"), ("c", "2"))]
     assert caption("Data: x", ran, ["k.l=1"]) == "*Data: x, `k.l=1`. Commit c, d; P; 1, 2.*\n"
+    assert caption("Data: x", []) == "*Data: x. Commit unknown; unknown; unknown.*\n"
+    assert caption("Data: x", [{"commit": "c"}]) == "*Data: x. Commit c; unknown; unknown.*\n"
 
 
 def test_a_commit_is_the_last_that_changed_what_figures_depend_on(tmp_path, monkeypatch):

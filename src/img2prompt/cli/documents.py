@@ -40,9 +40,13 @@ def put(tables: Mapping[str, str], project: Path = Path()) -> None:
 
 
 def caption(of: str, made: Sequence[Mapping[str, str]], settings: Sequence[str] = ()) -> str:
-    """A line on figures: what they are of, the params that were set, and each thing that `process.made` said."""
+    """A line on figures: what they are of, the params that were set, and each thing that `process.made` said.
+
+    What records of a former version lack, or nobody recorded, is unknown.
+    """
     commits, processors, dates = (
-        ", ".join(dict.fromkeys(one[key] for one in made)) for key in ("commit", "processor", "date")
+        ", ".join(dict.fromkeys(one.get(key, "unknown") for one in made)) or "unknown"
+        for key in ("commit", "processor", "date")
     )
     params = "".join(f", `{setting}`" for setting in settings)
     return f"*{of}{params}. Commit {commits}; {processors}; {dates}.*\n"
