@@ -298,8 +298,8 @@ def test_the_table(copy, monkeypatch):
     assert f"| Ensemble | {by_name.test['Ensemble']:.4f} | {by_name.oof['Ensemble']:.4f} |" in text
     assert Path("outputs/table/table.png").is_file()
     made = json.loads(Path("outputs/table/made.json").read_text())
-    assert f"\n*Data: input, `model_a.dropout=0.1`. Commit {made['commit']}; {made['processor']};" in text
-    assert made["data"] == "input"
+    assert f"\n*Data: input/train, `model_a.dropout=0.1`. Commit {made['commit']}; {made['processor']};" in text
+    assert made["data"] == "input/train"
 
 
 def test_augmentation_of_images_and_prompts_runs_and_is_reproducible(copy):

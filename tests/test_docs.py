@@ -234,7 +234,7 @@ def run(copy, monkeypatch):
     monkeypatch.setattr(process, "processor", lambda: "Abacus")
     with process.turn("scores", recorded=True):
         pass
-    places = ("scores input", "paper elsewhere", "notes of the paper's table")
+    places = ("scores input/train", "paper elsewhere", "notes of the paper's table")
     Path("README.md").write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n\n" for name in places))
     return at
 
@@ -243,11 +243,12 @@ def test_the_documents_get_the_last_scores_and_the_last_table(run):
     main(["table", "--docs"])
     text, scores = Path("README.md").read_text(), Path("outputs/scores/scores.md").read_text()
     assert text.startswith(
-        f"<!-- table: scores input -->\n{scores.partition(chr(10) * 2)[0]}\n\n- ensemble minus its best"
+        f"<!-- table: scores input/train -->\n{scores.partition(chr(10) * 2)[0]}\n\n- ensemble minus its best"
     )
     [about] = re.findall(r"^\*.*\*$", text, re.MULTILINE)
     assert re.fullmatch(
-        r"\*Data: input; \d+ seconds in all, at most \d\.\d GB\. Commit 0123456789; Abacus; \d{4}-\d\d-\d\d\.\*", about
+        r"\*Data: input/train; \d+ seconds in all, at most \d\.\d GB\. Commit 0123456789; Abacus; \d{4}-\d\d-\d\d\.\*",
+        about,
     )
     assert text.endswith("<!-- end -->\n\n<!-- table: paper elsewhere -->\n<!-- end -->\n\n"
                          "<!-- table: notes of the paper's table -->\n<!-- end -->\n\n")  # fmt: skip

@@ -6,7 +6,7 @@ workspace's own runs, comes from DVC's cache. `img2prompt table knn.k=50` sets a
 
 `img2prompt table --docs` makes no table: it puts the scores of the last run and the last table into README.md and
 docs/*.md, each between the lines `<!-- table: scores NAME -->` or `<!-- table: paper NAME -->` and `<!-- end -->`. NAME
-is `sample`, or that of the folder of the train data.
+is that of the data in the report: `sample`, or `my/train`.
 """
 
 import argparse
@@ -177,9 +177,9 @@ def report_of(table: pd.DataFrame) -> str:
 
 
 def data_of(cosines: pd.DataFrame) -> str:
-    """What the documents call the data of a run: the folders of its train sources, whatever is above these."""
-    sources = [Path(source) for source in cosines.source[cosines.split == "train"].unique()]
-    return ", ".join(path.parent.name if path.name == "train" else path.name for path in sources)
+    """What the report and the documents call the data of a run: the last two parts of each train source's path."""
+    sources = cosines.source[cosines.split == "train"].unique()
+    return ", ".join("/".join(Path(source).parts[-2:]) for source in sources)
 
 
 def scores_for_documents() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The process of a stage or a command: threads, the lock on outputs/, errors, its record, and its end with its parent."""
+"""The process of a stage or a command: threads, the lock on outputs/, errors, a record, and its end with its parent."""
 
 from __future__ import annotations
 
