@@ -51,8 +51,8 @@ search: check  ## find Model A's epochs and rates on inner splits of the trainin
 
 A ?= HEAD
 B ?= workspace
-compare: check  ## A=exp1 B=exp2: two experiments picture by picture (or git revisions, or workspace)
-	img2prompt compare $(A) $(B)
+compare: check  ## A=base B='exp1 exp2': experiments picture by picture (or git revisions, or workspace)
+	img2prompt compare $(A) $(B) $(ARGS)
 
 table: check  ## the paper's table on your data; SET='knn.k=50 ...' sets params for every row
 	img2prompt table $(SET)

@@ -14,7 +14,9 @@ import yaml
 from hypothesis import settings
 from PIL import Image
 
+from img2prompt.cli import compare
 from img2prompt.cli.check import load_params
+from img2prompt.cli.main import main
 from img2prompt.core.storage import digest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -163,6 +165,32 @@ def made(tmp_path_factory, tiny_clip):
     before = digest(folder)
     yield folder
     assert digest(folder) == before, "a test changed the folder that all of them share"
+
+
+@pytest.fixture(scope="session")
+def compared(made, tmp_path_factory):
+    """A folder where an idea of two seeds and another experiment were compared with the run; nobody changes it."""
+    folder, rng = tmp_path_factory.mktemp("compared"), np.random.default_rng(0)
+    for path in (made / "outputs").iterdir():
+        (folder / "outputs").mkdir(exist_ok=True)
+        (folder / "outputs" / path.name).symlink_to(path)
+    for path in (made / "input", made / "params.yaml"):
+        (folder / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cosines, params = compare.read_run("workspace")
+        models = cosines.columns[cosines.columns.get_loc("scored") + 1 :]
+        runs = {"workspace": (cosines, params)}
+        for name, gain, more in (
+            ("idea", 0.1, {"knn.k": 5}),
+            ("idea-s1", 0.1, {"knn.k": 5, "model_a.seed": 1}),
+            ("a<b>", 0, {}),
+        ):
+            table = cosines[models] + rng.normal(gain, 0.05, (len(cosines), len(models)))
+            runs[name] = cosines.assign(**table), params | more
+        patch.setattr(compare, "read_run", runs.get)
+        main(["compare", "workspace", "idea,idea-s1", "a<b>"])
+    return folder
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The report in a browser: nothing from elsewhere, no error, no barrier; its tables sort and its lists are searched."""
+"""The pages in a browser: nothing from elsewhere, no error, no barrier; tables sort and lists are searched."""
 
 import json
 import shutil
@@ -30,17 +30,17 @@ def chromium():
 
 @pytest.fixture
 def report(made, chromium):
-    """Opens the report; at the end of the test nothing must have been asked of a host or said in the console."""
+    """Opens the report, or another page; in the end nothing must have been asked of a host or said in the console."""
     asked, said, contexts = [], [], []
 
-    def show(width=1440, scheme="light", folder=made):
+    def show(width=1440, scheme="light", folder=made, page="report"):
         contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
-        page = contexts[-1].new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto((folder / "outputs/report/index.html").as_uri(), wait_until="load")
-        return page
+        opened = contexts[-1].new_page()
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.on("console", lambda message: said.append(message.text))
+        opened.on("pageerror", lambda error: said.append(str(error)))
+        opened.goto((folder / f"outputs/{page}/index.html").as_uri(), wait_until="load")
+        return opened
 
     yield show
     for context in contexts:
@@ -55,10 +55,11 @@ def column(page, caption, place):
     return [text.strip() for text in table.locator(f"tbody tr > :nth-child({place})").all_inner_texts()]
 
 
+@pytest.mark.parametrize("name", ["report", "compare"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_nothing_stands_in_the_way(report, width, scheme):
-    page = report(width, scheme)
+def test_nothing_stands_in_the_way(report, made, compared, width, scheme, name):
+    page = report(width, scheme, {"report": made, "compare": compared}[name], name)
     for summary in page.locator("summary").all():
         summary.click()
     found = Axe().run(page, options=LEVELS).response["violations"]
@@ -113,6 +114,22 @@ def test_a_gallery_is_searched(report, made):
     assert page.locator("#gallery output").inner_text() == f"{sum(wanted)} of {len(wanted)}"
     page.get_by_label("Search in: The gallery").fill("")
     assert all(card.is_visible() for card in cards.all())
+
+
+def test_a_comparison_is_sorted_and_searched(report, compared):
+    page, caption = report(folder=compared, page="compare"), "Every model against the base"
+    table = pd.read_csv(compared / "outputs/compare/compare.csv")
+    differences = table[table.on == "oof"].sort_values("difference").difference
+    head = page.locator("table", has=page.locator("caption", has_text=caption)).locator("thead th")
+    head.nth(5).get_by_role("button").click()
+    assert [text.split()[0] for text in column(page, caption, 6)] == [f"{value:+.4f}" for value in differences]
+    page.get_by_label(f"Search in: {caption}").fill("idea ensemble")
+    rows = page.get_by_role("region", name=caption).locator("tbody tr")
+    assert [row.locator("th").inner_text() for row in rows.all() if row.is_visible()] == ["idea (2 seeds)"]
+    cards = page.locator("#pictures [data-item]")
+    prompt = cards.first.locator("dd").first.inner_text()
+    page.get_by_label("Search in: The pictures that changed most").fill(prompt)
+    assert [card.is_visible() for card in cards.all()] == [prompt in text for text in cards.all_text_contents()]
 
 
 def test_the_keyboard_is_enough(report):

@@ -15,7 +15,7 @@ COMMANDS = {
     "score": "the mean cosine of a submission with the truth, as the host has it",
     "explain": "one image of the last run: what each model made of it, and why",
     "check": "check params.yaml",
-    "compare": "two experiments image by image: did it help, on which folds, and is it noise?",
+    "compare": "experiments with a base, image by image: did it help, on which folds, and is it noise?",
     "table": "the paper's table on the data of params.yaml; the figures of the documents",
     "export": "the trained model as one folder, to hand on or to run on Kaggle",
     "search": "settings of Model A and of the linear baseline, on inner splits of the training folds",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from img2prompt.cli.compare import COSINES, read_cosines
+from img2prompt.cli.compare import COSINES, read_run
 from img2prompt.cli.documents import caption, put
 from img2prompt.core.metric import bootstrap_interval
 from img2prompt.core.process import CHANGED, commit, made, records, turn
@@ -245,7 +245,7 @@ def make(settings: list[str]) -> None:
         if new:
             start, wanted = time.monotonic(), [f"{key}={value}" for key, value in row.settings.items()] + settings
             ran = experiment(name, wanted)
-            cosines[name] = read_cosines(name)
+            cosines[name] = read_run(name)[0]
             key = digest(*wanted, pd.util.hash_pandas_object(cosines[name]).to_numpy())
             took[key] = time.monotonic() - start if ran or key not in known else known[key]
         seconds.append(round(took[key], 1) if new else 0.0)

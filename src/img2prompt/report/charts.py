@@ -89,16 +89,19 @@ def chart(
     marks: Mapping[str, float] | None = None,
     x_names: Sequence[str] = (),
     y_names: Sequence[str] = (),
+    reach: Sequence[float] = (),
 ) -> Chart:
     """Lay out lines, one point of them at least; an axis has numbers, or the names that are given.
 
     marks: by label, the values on the horizontal axis where vertical lines stand. y_names: the first is at the top.
+    reach: values that the horizontal axis takes in as well, so that several charts can have the same.
     """
     marks = marks or {}
     left, top, height = LEFT, TOP, HEIGHT
     if y_names:
         left, top, height = NAMED_LEFT, NAMED_TOP, NAMED_TOP + ROW * len(y_names) + BOTTOM
-    across, along = [v for line in lines for v in line.x] + list(marks.values()), [v for line in lines for v in line.y]
+    across = [*(v for line in lines for v in line.x), *marks.values(), *reach]
+    along = [v for line in lines for v in line.y]
     for line in lines:
         (across if y_names else along).extend([*line.low, *line.high])
     x_axis = _Axis(across, left, WIDTH - RIGHT, x_names)

@@ -1,115 +1,212 @@
-"""Two experiments image by image: did the idea help, on which folds, and is it noise?"""
+"""Experiments image by image against a base: did the idea help, on which folds, and is it noise?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from img2prompt.core.metric import bootstrap_interval
-from img2prompt.report.scores import fold_scores, markdown
+from img2prompt.report.scores import fold_scores
 
 KEY = ["split", "source", "id"]  # what makes a row of `cosines` the same image in two experiments
 FACTS = [*KEY, "fold", "group", "scored"]  # the columns of `cosines` that are not a model's
 
 
-def pair(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The images that two experiments have both scored, and notes on what makes them hard to compare.
+@dataclass(frozen=True)
+class Side:
+    """The base or an experiment: one run, or several that differ in their seeds.
 
-    first, second: `cosines` as the ensemble stage stores them. The result has one row for each image, in the
-    order of first: split, source, id, first's fold and group, and for each model that both have its cosines, MODEL_a
-    and MODEL_b.
-    Raises ValueError where no image, or no model, is in both.
+    names, cosines, params: of each run; cosines as the scores stage stores them, params by their dotted keys.
     """
-    models = [name for name in first.columns if name in second.columns and name not in FACTS]
-    parts = [table[table.scored] for table in (first, second)]
-    both = parts[0].merge(parts[1], on=KEY, suffixes=("_a", "_b"), validate="one_to_one")
-    if both.empty or not models:
-        raise ValueError("A and B have no scored image, or no model, in common: their `source` and `id` must agree")
+
+    names: Sequence[str]
+    cosines: Sequence[pd.DataFrame]
+    params: Sequence[Mapping[str, object]]
+
+    @property
+    def name(self) -> str:
+        """The first run's name, and how many seeds there are."""
+        return self.names[0] if len(self.names) == 1 else f"{self.names[0]} ({len(self.names)} seeds)"
+
+    def value(self, key: str) -> str:
+        """A param's value as a text; where the runs differ in it, all of its values."""
+        return ", ".join(dict.fromkeys(str(params.get(key, "not there")) for params in self.params))
+
+    def notes(self) -> list[str]:
+        """What the runs differ in besides their seeds. Raises ValueError where two of them have the same cosines."""
+        found = []
+        for place, (name, cosines, params) in enumerate(zip(self.names, self.cosines, self.params, strict=True)):
+            for other, theirs in zip(self.names[:place], self.cosines[:place], strict=True):
+                if cosines.equals(theirs):
+                    raise ValueError(
+                        f"{other} and {name} have the same cosines in every row: the runs of a side that are joined "
+                        "by commas must be trained with different seeds (`dvc exp run -S model_a.seed=1`)"
+                    )
+            keys = {*params, *self.params[0]}
+            changed = {key for key in keys if params.get(key) != self.params[0].get(key)}
+            more = sorted(key for key in changed if key.split(".")[-1] != "seed")
+            if more:
+                found.append(f"{self.names[0]} and {name} differ in {', '.join(more)}, not only in seeds")
+        return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The images that every run of a base and of an experiment has scored.
+
+    rows: split, source, id, fold and group, one row an image, in the order, folds and groups of the base's first run.
+    base, other: for each model that all runs have, in order, its cosines (n, runs) float64.
+    """
+
+    rows: pd.DataFrame
+    base: dict[str, np.ndarray]
+    other: dict[str, np.ndarray]
+
+    def gain(self, model: str) -> np.ndarray:
+        """The experiment's cosines minus the base's, each the mean of its runs: (n,)."""
+        return self.other[model].mean(axis=1) - self.base[model].mean(axis=1)
+
+
+def pair(base: Side, other: Side) -> tuple[Pairs, list[str]]:
+    """The images of both sides, and notes on what makes the sides hard to compare.
+
+    Raises ValueError where no image, or no model, is in all runs.
+    """
+    tables = [*base.cosines, *other.cosines]
+    models = [name for name in tables[0].columns if name not in FACTS and all(name in table for table in tables)]
+    parts = [table[table.scored].set_index(KEY, verify_integrity=True) for table in tables]
+    images = parts[0].index
+    for part in parts[1:]:
+        images = images[images.isin(part.index)]
+    if images.empty or not models:
+        raise ValueError(
+            f"{base.name} and {other.name} have no scored image, or no model, in common: their `source` and `id` "
+            "must agree"
+        )
+    both = [part.loc[images] for part in parts]
     notes = []
-    for split, place in (("train", "train images"), ("test", "test images")):
-        counts = [int((table.split == split).sum()) for table in (*parts, both)]
-        if min(counts) < max(counts):
-            notes.append(f"{place}: {counts[0]} scored in A, {counts[1]} in B; compared on the {counts[2]} of both")
-    if (both.fold_a != both.fold_b).any():
-        notes.append("the folds differ: the columns by fold are A's folds")
-    missing = sorted({*first.columns, *second.columns} - {*models, *FACTS})
+    for split in ("train", "test"):
+        counts = sorted({int((part.index.get_level_values("split") == split).sum()) for part in parts})
+        shared = int((images.get_level_values("split") == split).sum())
+        if counts != [shared]:
+            each = " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))
+            notes.append(f"{split} images: {each} scored by a run; compared on the {shared} that all runs have")
+    if any((part.fold != both[0].fold).any() for part in both):
+        notes.append(f"the folds differ: those of {base.names[0]} are shown")
+    missing = sorted({name for table in tables for name in table.columns} - {*models, *FACTS})
     if missing:
-        notes.append(f"only one of them has {', '.join(missing)}")
-    columns = {"fold_a": "fold", "group_a": "group"}
-    wanted = [*KEY, *columns, *(f"{name}_{side}" for name in models for side in "ab")]
-    return both[wanted].rename(columns=columns), notes
+        notes.append(f"not every run has {', '.join(missing)}")
+    runs = len(base.cosines)
+    cosines = {model: np.column_stack([part[model].to_numpy(np.float64) for part in both]) for model in models}
+    rows = both[0].reset_index()[[*KEY, "fold", "group"]]
+    return Pairs(
+        rows,
+        {model: values[:, :runs] for model, values in cosines.items()},
+        {model: values[:, runs:] for model, values in cosines.items()},
+    ), notes
 
 
-def models_of(pairs: pd.DataFrame) -> list[str]:
-    """The models of `pair`'s table, in order."""
-    return [name.removesuffix("_b") for name in pairs.columns if name.endswith("_b")]
+def interval(base: np.ndarray, other: np.ndarray, group: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """(low, high) around the mean of other (n, l) minus the mean of base (n, k): a row an image, a column a seed.
+
+    The variance is the sum of what groups of prompts and what seeds bring: that of the mean over whole groups drawn at
+    random, of the differences between the two sides' mean cosines, plus, for each side, the variance of its seeds'
+    means over their number. A side of one seed is taken to vary as the other side does; where both are of one, how
+    training varies is unknown and not in the interval. The quantile is Student's, with Satterthwaite's degrees of
+    freedom for such a sum (Biometrics Bulletin 2, 1946): two to five seeds say little of their own variance, and
+    drawing them with replacement, as a bootstrap does, would understate it by (k - 1) / k besides. What a seed changes
+    image by image is in both parts, so that the interval is wide rather than narrow where seeds hardly differ.
+
+    One group alone tells nothing about the spread and gives (nan, nan).
+    """
+    gain = other.mean(axis=1) - base.mean(axis=1)
+    mean, groups = gain.mean(), np.unique(group, return_inverse=True)[1]
+    sums = np.bincount(groups, weights=gain - mean)
+    if len(sums) < 2:
+        return float("nan"), float("nan")
+    # (variance, degrees of freedom)
+    parts = [(np.sum(sums**2) / len(gain) ** 2 * len(sums) / (len(sums) - 1), len(sums) - 1)]
+    for own, theirs in ((base, other), (other, base)):
+        if own.shape[1] > 1:
+            shares = 1 / own.shape[1] + (theirs.shape[1] == 1)
+            parts.append((own.mean(axis=0).var(ddof=1) * shares, own.shape[1] - 1))
+    variance = sum(part for part, _ in parts)
+    if not variance:
+        return float(mean), float(mean)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts)
+    width = t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
+    return float(mean - width), float(mean + width)
 
 
-def verdict(low: float, high: float) -> str:
-    """An interval of paired differences, B minus A, in words."""
-    if low == high == 0:
-        return "the same"
+def verdict(low: float, high: float, at_least: float = 0.0) -> str:
+    """An interval around an experiment's gain over the base in words; at_least: the smallest gain that matters."""
     if np.isnan(low):
         return "unknown"  # one group of prompts: no evidence on the spread
-    return "better" if low > 0 else "worse" if high < 0 else "within noise"
+    if low == high == 0:
+        return "the same"
+    shown = {"better": low, "worse": -high}  # by how much at least
+    for word, least in shown.items():
+        if least > 0 and least >= at_least:
+            return f"{word} by at least {at_least:g}" if at_least else word
+    if max(-low, high) < at_least:
+        return "no difference that matters"
+    for word, least in shown.items():
+        if least > 0:
+            return f"{word}, perhaps by less than {at_least:g}"
+    return "within noise"
 
 
-def differences(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences of `pair`'s table: a row for each model and each of `oof`, the folds and `test`.
+def fails(low: float, high: float, gate: str, at_least: float = 0.0) -> bool:
+    """Whether an experiment with this interval around its gain does not pass a gate.
 
-    Columns: model, on, images (their number), a, b (mean cosines), difference (b - a), its 95% interval low, high
-    (over whole groups of similar prompts), and the verdict on B.
+    `worse`: it is shown to lose, and a loss of at_least or more is not ruled out. `not-better`: it is not shown to
+    gain, or not as much as at_least.
     """
-    train, test = pairs[pairs.split == "train"], pairs[pairs.split == "test"]
-    places = {"oof": train} | {f"fold_{fold}": rows for fold, rows in train.groupby("fold")} | {"test": test}
+    if gate == "not-better":
+        return not (low > 0 and low >= at_least)
+    return high < 0 and low <= -at_least
+
+
+def differences(pairs: Pairs, level: float = 0.95, at_least: float = 0.0) -> pd.DataFrame:
+    """What an experiment gains over its base: a row for each model and each of `oof`, the folds and `test`.
+
+    Columns: model, on, images (their number), base, score (mean cosines of both sides), difference (score - base), its
+    `interval` low, high, and the `verdict` on the experiment.
+    """
+    split, fold = pairs.rows.split.to_numpy(), pairs.rows.fold.to_numpy()
+    train = split == "train"
+    places = {"oof": train} | {f"fold_{own}": train & (fold == own) for own in np.unique(fold[train])}
+    places["test"] = split == "test"
     found = []
-    for model in models_of(pairs):
+    for model in pairs.base:
         for place, rows in places.items():
-            if len(rows):
-                a, b = rows[f"{model}_a"].astype(float), rows[f"{model}_b"].astype(float)
-                low, high = bootstrap_interval(b - a, rows.group)
-                found.append((model, place, len(rows), a.mean(), b.mean(), (b - a).mean(), low, high))
-    columns = ["model", "on", "images", "a", "b", "difference", "low", "high"]
-    table = pd.DataFrame(found, columns=columns)
-    return table.assign(verdict=[verdict(row.low, row.high) for row in table.itertuples()])
+            if rows.any():
+                base, other = pairs.base[model][rows], pairs.other[model][rows]
+                low, high = interval(base, other, pairs.rows.group.to_numpy()[rows], level)
+                scores = base.mean(), other.mean()
+                line = (model, place, int(rows.sum()), *scores, scores[1] - scores[0], low, high)
+                found.append((*line, verdict(low, high, at_least)))
+    return pd.DataFrame(
+        found, columns=["model", "on", "images", "base", "score", "difference", "low", "high", "verdict"]
+    )
 
 
-def differences_markdown(table: pd.DataFrame) -> str:
-    """The result of `differences` as two Markdown tables: over all images with the verdict, and by fold."""
-    places = list(dict.fromkeys(table.on))
-    rows = {(row.model, row.on): row for row in table.itertuples()}
-    models = list(dict.fromkeys(table.model))
-    overall, by_fold = [["model"]], [["model"]]
-    for place in places:
-        if place.startswith("fold_"):
-            by_fold[0].append(place)
-        else:
-            overall[0] += [f"{place}, A", f"{place}, B", "B - A [95%]", "B is"]
-    for lines in (overall, by_fold):
-        lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
-        lines.extend([model] for model in models)
-    for number, model in enumerate(models, start=2):
-        for place in places:
-            row = rows[model, place]
-            change = f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]"
-            if place.startswith("fold_"):
-                by_fold[number].append(change)
-            else:
-                overall[number] += [f"{row.a:.4f}", f"{row.b:.4f}", change, row.verdict]
-    return "\n".join(markdown(lines) for lines in (overall, by_fold) if len(lines[0]) > 1)
-
-
-def most_changed(pairs: pd.DataFrame, model: str, n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The at most n images that improve most from A to B, and the at most n that worsen most: split, source, id, a, b.
+def most_changed(pairs: Pairs, model: str, n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The at most n images that gain most, and the at most n that lose most: split, source, id, base, score.
 
     The largest change first; of equal ones the earlier row. An image that did not change is in neither.
     """
-    table = pairs[KEY].assign(a=pairs[f"{model}_a"], b=pairs[f"{model}_b"])
-    change = (table.b - table.a).sort_values(kind="stable")
-    better = (-change[change > 0]).sort_values(kind="stable").index[:n]
-    return table.loc[better], table.loc[change[change < 0].index[:n]]
+    change = pairs.gain(model)
+    table = pairs.rows[KEY].assign(base=pairs.base[model].mean(axis=1), score=pairs.other[model].mean(axis=1))
+    found = []
+    for gain in (change, -change):
+        order = np.argsort(-gain, kind="stable")[:n]
+        found.append(table.iloc[order[gain[order] > 0]])
+    return found[0], found[1]
 
 
 def results(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
