@@ -182,8 +182,8 @@ def compared(made, tmp_path_factory):
         models = cosines.columns[cosines.columns.get_loc("scored") + 1 :]
         runs = {"workspace": (cosines, params)}
         for name, gain, more in (
-            ("idea", 0.1, {"knn.k": 5}),
-            ("idea-s1", 0.1, {"knn.k": 5, "model_a.seed": 1}),
+            ("idea", 0.02, {"knn.k": 5}),
+            ("idea-s1", 0.02, {"knn.k": 5, "model_a.seed": 1}),
             ("a<b>", 0, {}),
         ):
             table = cosines[models] + rng.normal(gain, 0.05, (len(cosines), len(models)))

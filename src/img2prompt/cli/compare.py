@@ -172,7 +172,7 @@ def compare(base: list[str], others: list[list[str]], model: str, at_least: floa
     )
     with whole_folder(Path("outputs/compare")) as out:
         (out / "index.html").write_text(page, encoding="utf-8")
-        pd.concat(found, names=["experiment"]).reset_index(0).round(8).to_csv(out / "compare.csv", index=False)
+        pd.concat(found, names=["experiment"]).reset_index(0).to_csv(out / "compare.csv", index=False)
         (out / "compare.md").write_text(report, encoding="utf-8")
     print(report, "outputs/compare/index.html shows it with the images that changed most", sep="\n")
     return verdicts
