@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 
 import numpy as np
 import pandas as pd
@@ -48,9 +49,21 @@ def changed_params(base: Side, experiments: Sequence[Side]) -> Table:
     return Table("Params that differ", ["param", *(side.name for side in sides)], rows)
 
 
-def _difference(line: pd.Series) -> Cell:
-    ends = (line.low, line.high)
-    return Cell(f"{line.difference:+.4f}", line.difference, f"[{line.low:+.4f}, {line.high:+.4f}]", ends)
+def _by_place(table: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
+    """The rows of `differences` by model and place."""
+    return {(line.model, line.on): line for _, line in table.iterrows()}
+
+
+def _difference(line: pd.Series | None) -> Cell:
+    if line is None:
+        return Cell("")
+    interval = f"[{line.low:+.4f}, {line.high:+.4f}]" if np.isfinite(line.low) else ""
+    return Cell(f"{line.difference:+.4f}", line.difference, interval)
+
+
+def _cells(line: pd.Series | None) -> list[Cell]:
+    facts = [""] * 3 if line is None else [line.verdict, line.base, line.score]
+    return [*map(cell, facts), _difference(line)]
 
 
 def scores(found: Mapping[str, pd.DataFrame], model: str, level: float) -> Table:
@@ -62,29 +75,21 @@ def scores(found: Mapping[str, pd.DataFrame], model: str, level: float) -> Table
     columns = ["experiment", "model"]
     for place in places.values():
         columns += [place, f"base, {place}", f"score, {place}", f"difference, {place} [{percent(level)}]"]
-    lines = {(line.model, name, line.on): line for name, table in found.items() for line in table.itertuples()}
-    models = sorted(dict.fromkeys(own for own, _, _ in lines), key=lambda own: own != model)
-    rows = []
-    for own, name in (
-        (own, name) for own in models for name in found if any((own, name, on) in lines for on in places)
-    ):
-        row = [cell(name), cell(own)]
-        for on in places:
-            line = lines.get((own, name, on))
-            values = [""] * 4 if line is None else [line.verdict, line.base, line.score, _difference(line)]
-            row += map(cell, values)
-        rows.append(row)
+    lines = {name: _by_place(table) for name, table in found.items()}
+    models = dict.fromkeys([model, *(own for line in lines.values() for own, _ in line)])
+    rows = [
+        [cell(name), cell(own), *chain.from_iterable(_cells(lines[name].get((own, on))) for on in places)]
+        for own, name in product(models, found)
+        if any((own, on) in lines[name] for on in places)
+    ]
     return Table("Every model against the base", columns, rows, filtered=True)
 
 
 def by_fold(found: Mapping[str, pd.DataFrame], model: str, level: float) -> Table:
     """What a model of every experiment gains over the base in every fold."""
-    lines = {name: table[table.model == model].set_index("on") for name, table in found.items()}
-    folds = list(dict.fromkeys(on for table in lines.values() for on in table.index if on.startswith("fold_")))
-    rows = [
-        [cell(name), *(_difference(table.loc[fold]) if fold in table.index else Cell("") for fold in folds)]
-        for name, table in lines.items()
-    ]
+    lines = {name: _by_place(table) for name, table in found.items()}
+    folds = dict.fromkeys(on for line in lines.values() for _, on in line if on.startswith("fold_"))
+    rows = [[cell(name), *(_difference(line.get((model, on))) for on in folds)] for name, line in lines.items()]
     columns = ["experiment", *(fold.replace("_", " ") for fold in folds)]
     return Table(f"Differences of {model} by fold [{percent(level)}]", columns, rows)
 
@@ -158,8 +163,8 @@ def notes(base: Side, experiments: Sequence[Side], params: Table, level: float) 
             f"Of {base.name} and {listed(borrowed)}, one side is one run: its training is taken to vary as that of the "
             "other side's seeds does"
         )
-    if any(row[0].text.startswith("prepare.") for row in params.rows):
-        found.append("`prepare` differs: images of the same source and id are taken to be the same")
+    if any(row[0].text.startswith("prepare.sample.") for row in params.rows):
+        found.append("`prepare.sample` differs: pictures of the sample that have the same id need not be the same")
     return found + [note for side in (base, *experiments) for note in side.notes()]
 
 
@@ -169,5 +174,5 @@ def as_markdown(table: Table) -> str:
         "---:" if any(row[place].number is not None for row in table.rows) else "---"
         for place in range(len(table.columns))
     ]
-    texts = [[f"{cell.text} {cell.interval}".strip() for cell in row] for row in table.rows]
+    texts = [[f"{own.text} {own.interval}".strip() for own in row] for row in table.rows]
     return markdown([[text.replace("|", "\\|") for text in line] for line in (table.columns, rule, *texts)])

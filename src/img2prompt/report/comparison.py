@@ -37,7 +37,7 @@ class Side:
         return ", ".join(dict.fromkeys(str(params.get(key, "not there")) for params in self.params))
 
     def notes(self) -> list[str]:
-        """What the runs differ in besides their seeds. Raises ValueError where two of them have the same cosines."""
+        """What the runs differ in that is no seed. Raises ValueError where two of them have the same cosines."""
         found = []
         for place, (name, cosines, params) in enumerate(zip(self.names, self.cosines, self.params, strict=True)):
             for other, theirs in zip(self.names[:place], self.cosines[:place], strict=True):
@@ -51,6 +51,8 @@ class Side:
             more = sorted(key for key in changed if key.split(".")[-1] != "seed")
             if more:
                 found.append(f"{self.names[0]} and {name} differ in {', '.join(more)}, not only in seeds")
+            if place and not changed:
+                found.append(f"{self.names[0]} and {name} differ in no param, so not in seeds")
         return found
 
 
@@ -65,10 +67,6 @@ class Pairs:
     rows: pd.DataFrame
     base: dict[str, np.ndarray]
     other: dict[str, np.ndarray]
-
-    def gain(self, model: str) -> np.ndarray:
-        """The experiment's cosines minus the base's, each the mean of its runs: (n,)."""
-        return self.other[model].mean(axis=1) - self.base[model].mean(axis=1)
 
 
 def pair(base: Side, other: Side) -> tuple[Pairs, list[str]]:
@@ -200,9 +198,8 @@ def most_changed(pairs: Pairs, model: str, n: int) -> tuple[pd.DataFrame, pd.Dat
 
     The largest change first; of equal ones the earlier row. An image that did not change is in neither.
     """
-    change = pairs.gain(model)
     table = pairs.rows[KEY].assign(base=pairs.base[model].mean(axis=1), score=pairs.other[model].mean(axis=1))
-    found = []
+    found, change = [], (table.score - table.base).to_numpy()
     for gain in (change, -change):
         order = np.argsort(-gain, kind="stable")[:n]
         found.append(table.iloc[order[gain[order] > 0]])
