@@ -262,7 +262,7 @@ def test_the_table(copy, monkeypatch):
 
     monkeypatch.setattr(table, "forget", lambda: None)
     monkeypatch.setattr(table, "experiment", experiment)
-    monkeypatch.setattr(table, "read_cosines", lambda name: made[name][0])
+    monkeypatch.setattr(table, "read_run", made.get)
     main(["table", "model_a.dropout=0.1"])
     assert len(made) == len(asked) == 9  # 15 rows
     assert all("model_a.dropout=0.1" in settings for settings in asked)
