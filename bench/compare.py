@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 import pandas as pd
 
-from img2prompt.report.comparison import Side, differences, pair
+from img2prompt.report.comparison import Pairs, differences
 
 FOLDS, PICTURE, IDEA = 5, 0.04, 0.02  # the deviations of a picture's cosine between runs, of a group's between ideas
 GAINS = (0.004, 0.008)
@@ -30,21 +30,19 @@ class Competition:
         # Sizes of groups as on the sample: most are of one picture, some of many.
         group = np.repeat(np.arange(pictures), np.minimum(rng.zipf(2.5, pictures), pictures // 40))[:pictures]
         self._rows = pd.DataFrame({"split": "train", "source": "s", "id": np.arange(pictures).astype(str)})
-        self._rows = self._rows.assign(fold=group % FOLDS, group=group, scored=True)
+        self._rows = self._rows.assign(fold=group % FOLDS, group=group)
         self._difficulty = rng.normal(0.5, 0.15, pictures)
 
-    def side(self, seeds: int, gain: float = 0.0) -> Side:
-        """An idea that gains so much on the mean, run with some seeds."""
+    def cosines(self, seeds: int, gain: float = 0.0) -> np.ndarray:
+        """Those of an idea that gains so much on the mean, run with some seeds: (pictures, seeds)."""
         group, fold = self._rows.group.to_numpy(), self._rows.fold.to_numpy()
         true = self._difficulty + gain + IDEA * self._rng.standard_normal(group.max() + 1)[group]
-        levels = self._training * self._rng.standard_normal((seeds, FOLDS))
-        noise = PICTURE * self._rng.standard_normal((seeds, len(group)))
-        tables = [self._rows.assign(ensemble=true + levels[seed][fold] + noise[seed]) for seed in range(seeds)]
-        return Side([f"run {seed}" for seed in range(seeds)], tables, [{}] * seeds)
+        levels = self._training * self._rng.standard_normal((FOLDS, seeds))[fold]
+        return true[:, None] + levels + PICTURE * self._rng.standard_normal((len(group), seeds))
 
-
-def verdict(base: Side, other: Side, experiments: int = 1) -> str:
-    return differences(pair(base, other)[0], 1 - 0.05 / experiments).verdict[0]
+    def verdict(self, base: np.ndarray, other: np.ndarray, experiments: int = 1) -> str:
+        """What is said of one idea against another, where so many are compared."""
+        return differences(Pairs(self._rows, {"a": base}, {"a": other}), 1 - 0.05 / experiments).verdict[0]
 
 
 def main() -> None:
@@ -59,12 +57,12 @@ def main() -> None:
         rng, counts = np.random.default_rng(0), np.zeros(len(titles))
         for _ in range(args.pairs):
             competition = Competition(rng, args.pictures, training)
-            base = competition.side(seeds)
-            equal = [competition.side(others) for _ in range(3)]
+            base = competition.cosines(seeds)
+            equal = [competition.cosines(others) for _ in range(3)]
             counts += [
-                verdict(base, equal[0]) != "within noise",
-                any(verdict(base, idea, len(equal)) != "within noise" for idea in equal),
-                *(verdict(base, competition.side(others, gain)) == "better" for gain in GAINS),
+                competition.verdict(base, equal[0]) != "within noise",
+                any(competition.verdict(base, idea, len(equal)) != "within noise" for idea in equal),
+                *(competition.verdict(base, competition.cosines(others, gain)) == "better" for gain in GAINS),
             ]
         shares = (f"{share:15.1%}" for share in counts / args.pairs)
         print(f"{training:<10g}{f'{seeds}, {others}':>8}", *shares, flush=True)
