@@ -24,6 +24,7 @@ import io
 import math
 import sys
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -34,6 +35,7 @@ from scmrepo.exceptions import SCMError
 
 from img2prompt.core.params import with_numbers
 from img2prompt.core.process import turn
+from img2prompt.core.progress import progress
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import whole_folder
 from img2prompt.report import compared
@@ -125,7 +127,8 @@ def compare(base: list[str], others: list[list[str]], model: str, at_least: floa
 
     It is the first row of `differences` for the model, by the experiment's name.
     """
-    runs = {name: read_run(name) for name in {name: None for names in (base, *others) for name in names}}
+    wanted = list(dict.fromkeys(chain(base, *others)))
+    runs = {name: read_run(name) for name in progress(wanted, "reading", unit="run")}
     first, *experiments = (
         Side(names, [runs[name][0] for name in names], [runs[name][1] for name in names]) for names in (base, *others)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -38,20 +39,19 @@ class Side:
 
     def notes(self) -> list[str]:
         """What the runs differ in that is no seed. Raises ValueError where two of them have the same cosines."""
-        found = []
-        for place, (name, cosines, params) in enumerate(zip(self.names, self.cosines, self.params, strict=True)):
-            for other, theirs in zip(self.names[:place], self.cosines[:place], strict=True):
-                if cosines.equals(theirs):
-                    raise ValueError(
-                        f"{other} and {name} have the same cosines in every row: the runs of a side that are joined "
-                        "by commas must be trained with different seeds (`dvc exp run -S model_a.seed=1`)"
-                    )
-            keys = {*params, *self.params[0]}
-            changed = {key for key in keys if params.get(key) != self.params[0].get(key)}
-            more = sorted(key for key in changed if key.split(".")[-1] != "seed")
+        for (one, first), (other, second) in combinations(zip(self.names, self.cosines, strict=True), 2):
+            if first.equals(second):
+                raise ValueError(
+                    f"{one} and {other} have the same cosines in every row: the runs of a side that are joined by "
+                    "commas must be trained with different seeds (`dvc exp run -S model_a.seed=1`)"
+                )
+        found, own = [], self.params[0]
+        for name, params in zip(self.names[1:], self.params[1:], strict=True):
+            changed = [key for key in sorted({*own, *params}) if params.get(key) != own.get(key)]
+            more = [key for key in changed if key.split(".")[-1] != "seed"]
             if more:
                 found.append(f"{self.names[0]} and {name} differ in {', '.join(more)}, not only in seeds")
-            if place and not changed:
+            elif not changed:
                 found.append(f"{self.names[0]} and {name} differ in no param, so not in seeds")
         return found
 
