@@ -12,6 +12,7 @@ from img2prompt.core import process
 
 COMMANDS = {
     "predict": "the prompts behind images: in words, and as embeddings",
+    "serve": "a page to try a trained model on, and an HTTP API",
     "score": "the mean cosine of a submission with the truth, as the host has it",
     "explain": "one image of the last run: what each model made of it, and why",
     "check": "check params.yaml",

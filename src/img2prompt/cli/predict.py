@@ -33,6 +33,7 @@ from tqdm import tqdm
 from img2prompt.core.blocks import blocks
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import digest, grow, read_json, whole, write_json
+from img2prompt.predict.answer import answer
 from img2prompt.predict.predictor import Error, Predictor
 from img2prompt.sources.readers import SUFFIXES
 from img2prompt.words.words import Said, Words
@@ -61,15 +62,7 @@ def as_text(path: str, said: Said | None, error: str) -> str:
 
 def as_jsonl(path: str, said: Said | None, error: str) -> str:
     """An image's JSON object, on one line."""
-    found: dict[str, object] = {"path": path} | ({"error": error} if error else {})
-    if said:
-        found |= {
-            "prompt": said.prompt,
-            "prompt_cosine": round(said.prompt_cosine, 6),
-            "words": [{"word": word, "probability": round(value, 6)} for word, value in said.words],
-            "nearest": [{"prompt": prompt, "cosine": round(value, 6)} for prompt, value in said.nearest],
-        }
-    return json.dumps(found, ensure_ascii=False) + "\n"
+    return json.dumps(answer(path, said, error), ensure_ascii=False) + "\n"
 
 
 def as_csv(path: str, said: Said | None, error: str) -> str:
@@ -144,20 +137,29 @@ def _images(paths: Iterable[str]) -> Iterator[str]:
             yield from [path] if found in ([], [path]) else _images(found)
 
 
+def load(bundle: Path | None) -> Predictor:
+    """The trained model of a bundle, or of the last run.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    folder = bundle or OUTPUTS
+    try:
+        return Predictor.load(folder)
+    except Exception as error:  # whatever the libraries raise that read weights
+        if os.environ.get("IMG2PROMPT_DEBUG"):
+            raise
+        remedy = "" if bundle else "; `dvc repro` trains a model, and --bundle DIR names another"
+        raise ValueError(f"{folder}: the model cannot be loaded: {error}{remedy}") from None
+
+
 def _predict(images: Sequence[str], options: argparse.Namespace) -> list[str]:
     """Write what is asked for; return a line for each image that failed.
 
     Raises:
         OSError, ValueError: the model cannot be loaded, or a file not be written.
     """
-    folder = options.bundle or OUTPUTS
-    try:
-        predictor = Predictor.load(folder)
-    except Exception as error:  # whatever the libraries raise that read weights
-        if os.environ.get("IMG2PROMPT_DEBUG"):
-            raise
-        remedy = "" if options.bundle else "; `dvc repro` trains a model, and --bundle DIR names another"
-        raise ValueError(f"{folder}: the model cannot be loaded: {error}{remedy}") from None
+    predictor = load(options.bundle)
     run = _Run(predictor, None if options.no_words else predictor.words, images, options)
     return run.into(options.output) if options.output else run.to_stdout()
 

@@ -198,14 +198,20 @@ def _prompts(prepared: Path, target: Path) -> None:
     pq.write_table(pa.concat_tables(tables), target)
 
 
+def thumbnail(reference: str) -> bytes:
+    """A small copy of an image, as JPEG.
+
+    Raises:
+        OSError, ValueError: as `open_image`.
+    """
+    image, buffer = open_image(reference), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
 def _thumbnails(table: Path, target: Path) -> None:
     """Write the train table's images as a parquet file with the column `image`: JPEG, row by row in its order."""
-
-    def small(reference: str) -> bytes:
-        image, buffer = open_image(reference), io.BytesIO()
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(buffer, "JPEG", quality=80)
-        return buffer.getvalue()
 
     references = pq.read_table(table, columns=["image"])["image"].to_pylist()
     schema = pa.schema({"image": pa.binary()})
@@ -216,7 +222,7 @@ def _thumbnails(table: Path, target: Path) -> None:
             progress(None, "thumbnails", len(references), "image") as bar,
         ):
             for rows in blocks(len(references), 1024):
-                writer.write_table(pa.table([list(pool.map(small, references[rows]))], schema=schema))
+                writer.write_table(pa.table([list(pool.map(thumbnail, references[rows]))], schema=schema))
                 bar.update(rows.stop - rows.start)
     except (OSError, ValueError) as error:
         raise ValueError(f"thumbnails: {error}; --no-thumbnails does without the train images") from error

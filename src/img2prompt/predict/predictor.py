@@ -184,6 +184,11 @@ class Predictor:
         return Words.load(folder, self._device)
 
     @property
+    def weights(self) -> Mapping[str, float]:
+        """The members' weights in the ensemble, by name; they sum to 1."""
+        return self._mixture.weights
+
+    @property
     def preprocessing(self) -> dict[str, Any]:
         """By a CLIP's number, how it takes an image, and of which views its models average the predictions."""
         found = {}

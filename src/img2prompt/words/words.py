@@ -95,13 +95,20 @@ class Words:
             found += self._say(embeddings[rows], top)
         return found
 
-    def _say(self, embeddings: np.ndarray, top: int) -> list[Said]:
+    def nearest(self, embeddings: np.ndarray, top: int) -> list[list[tuple[str, float]]]:
+        """For each of embeddings (m, 384) float32 at most `top` prompts with their cosines, nearest first."""
+        return self._nearest(embeddings, top)[1]
+
+    def _nearest(self, embeddings: np.ndarray, top: int) -> tuple[np.ndarray, list[list[tuple[str, float]]]]:
+        """The rows (m,) of the nearest prompts, and `nearest`."""
         near = nearest(embeddings, self._embeddings, min(max(top, 1), len(self._prompts)), self._device)
         cosines = 1 - np.square(near.distance, dtype=np.float64) / 2
         prompts = [[str(self._prompts[i]) for i in row] for row in near.index.tolist()]
-        composed = self._contest(embeddings, [row[0] for row in prompts], self._embeddings[near.index[:, 0]])
+        found = [list(zip(*row, strict=True))[:top] for row in zip(prompts, cosines.tolist(), strict=True)]
+        return near.index[:, 0], found
+
+    def _say(self, embeddings: np.ndarray, top: int) -> list[Said]:
+        rows, near = self._nearest(embeddings, max(top, 1))
+        composed = self._contest(embeddings, [found[0][0] for found in near], self._embeddings[rows])
         words = self._vocabulary.most_probable(embeddings, top)
-        return [
-            Said(*composed[row], words[row], list(zip(prompts[row], cosines[row].tolist(), strict=True))[:top])
-            for row in range(len(embeddings))
-        ]
+        return [Said(*composed[row], words[row], near[row][:top]) for row in range(len(embeddings))]
