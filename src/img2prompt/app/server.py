@@ -115,16 +115,15 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, object]]:
     return {status: {"model": Failure} for status in statuses}
 
 
-def application(answers: Answers, bundle: str, batcher: Callable[..., Batcher] = Batcher) -> FastAPI:
+def application(answers: Answers, bundle: str, batches: Batcher[Upload, FullAnswer], memory: Memory) -> FastAPI:
     """The page and the API.
 
     Args:
-        answers: answers uploads, and has the gallery.
-        bundle: the name that it goes by.
-        batcher: makes what batches the requests.
+        answers: has the gallery.
+        bundle: the name that the model goes by.
+        batches: answers uploads; it is closed when the application ends.
+        memory: counts what they take.
     """
-    batches: Batcher[Upload, FullAnswer] = batcher(answers)
-    memory = Memory()
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -355,22 +354,11 @@ def about(bound: socket.socket) -> str:
     return found
 
 
-def serve(predictor: Predictor, folder: Path, bound: socket.socket, hosts: Collection[str] = ()) -> None:
-    """Serve a trained model until the process is told to end, and then answer what it has taken.
-
-    Args:
-        predictor: the model.
-        folder: the bundle, or the outputs, that it was loaded from.
-        bound: what to listen on.
-        hosts: as `Guard`.
-
-    Raises:
-        OSError, ValueError: the model has no words, or its images cannot be read.
-    """
+def server(app: ASGIApp, hosts: Collection[str] = ()) -> uvicorn.Server:
+    """What runs an application behind a Guard with these hosts; told to end, it first answers what it has taken."""
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every form that is none
-    app = Guard(application(Answers(predictor, Gallery.load(folder)), folder.resolve().name), hosts)
     config = uvicorn.Config(
-        app,
+        Guard(app, hosts),
         http=Impatient,
         ws="none",
         log_level="error",
@@ -379,5 +367,23 @@ def serve(predictor: Predictor, folder: Path, bound: socket.socket, hosts: Colle
         proxy_headers=False,
         timeout_graceful_shutdown=2 * SECONDS,
     )
+    return uvicorn.Server(config)
+
+
+def serve(predictor: Predictor, folder: Path, bound: socket.socket, hosts: Collection[str] = ()) -> None:
+    """Serve a trained model until the process is told to end.
+
+    Args:
+        predictor: the model.
+        folder: the bundle, or the outputs, that it was loaded from.
+        bound: what to listen on.
+        hosts: as `Guard`.
+
+    Raises:
+        OSError, ValueError: the model has no words, or its tables cannot be read.
+    """
+    answers = Answers(predictor, Gallery.load(folder))
+    app = application(answers, folder.resolve().name, Batcher(answers), Memory())
+    bound.listen()  # whoever reads the address may ask at once
     print(about(bound), flush=True)
-    uvicorn.Server(config).run([bound])
+    server(app, hosts).run([bound])

@@ -20,6 +20,8 @@ MAX_BYTES = 10 * 2**20  # of a request's body
 MAX_IMAGES = 16  # of a request
 MAX_PIXELS = 40_000_000
 MAX_RATIO = 40  # of the sides: the shorter one is scaled to a tower's, so a mere line would grow to gigabytes
+MAX_SCANS = 64  # of a JPEG: one is a pass over all pixels and need not have more than 60 bytes
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")  # the head of one, of 1 to 4 components
 SECONDS = 30  # from a request's head to the end of its body
 HELD = 128 * 2**20  # bytes of all uploads that are read, queued or worked on
 NAME = 100  # characters of a file's name that are kept
@@ -111,6 +113,8 @@ def why_not(data: bytes) -> str:
         return f"it has more than {MAX_PIXELS // 10**6} million pixels"
     if max(width, height) > MAX_RATIO * min(width, height):
         return f"it is more than {MAX_RATIO} times as long as it is wide"
+    if len(SCAN.findall(data)) > MAX_SCANS:
+        return f"it is drawn in more than {MAX_SCANS} passes"
     return ""
 
 
