@@ -21,6 +21,18 @@ from img2prompt.core.storage import digest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# The head of a program that has no more than prediction needs.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+GONE = ("pandas", "psutil", "matplotlib", "dvc", "nltk", "albumentations")
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *where):
+        return None if name.partition(".")[0] in GONE else super().find_spec(name, *where)
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("long", max_examples=500, deadline=None)
 settings.load_profile("quick")

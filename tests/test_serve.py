@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, WITHOUT
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -655,9 +656,8 @@ def test_a_closed_batcher_takes_nothing_more():
 
 
 def test_the_command_serves_writes_nothing_and_ends(made, tmp_path):
-    """The kernel refuses its writes once it runs; what it was asked before it is told to end is answered."""
-    resource = pytest.importorskip("resource")
-    command = [sys.executable, "-c", "from img2prompt.cli.main import main; main()", "serve", "--port", "0"]
+    """By no more than its dependencies. The kernel refuses its writes once it runs; what it has taken it answers."""
+    command = [sys.executable, "-c", f"{WITHOUT}\nfrom img2prompt.cli.main import main\nmain()", "serve", "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "TMPDIR": str(tmp_path)}
     done = subprocess.Popen(
         command, cwd=made, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -26,6 +26,7 @@ function add(file, name) {
   image.src = URL.createObjectURL(file);
   at("results").hidden = false;
   at("results").querySelector("ol").prepend(result);
+  at("results").scrollIntoView();
   turn = turn.then(() => answer(file, name, result));
 }
 

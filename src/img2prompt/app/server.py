@@ -136,6 +136,7 @@ def application(answers: Answers, bundle: str, batches: Batcher[Upload, FullAnsw
         description="The prompts behind images.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=life,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
