@@ -3,7 +3,9 @@ import inspect
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import open_clip
@@ -216,3 +218,36 @@ def copy(made, tmp_path, monkeypatch):
     """A copy of it, to change."""
     shutil.copytree(made, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def answers(made):
+    """What the page's server answers with, by the chain's model; its images are read from where the chain has run."""
+    from img2prompt import Predictor
+    from img2prompt.app.answers import Answers, Gallery
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        return Answers(Predictor.load("outputs", "cpu"), Gallery.load(made / "outputs"))
+
+
+@contextmanager
+def running(answers, hosts=(), memory=None, **limits):
+    """The port of a server with these answers, and the server."""
+    from img2prompt.app.batching import Batcher
+    from img2prompt.app.server import application, listen, server
+    from img2prompt.app.uploads import Memory
+
+    batches = Batcher(answers, **limits)
+    started = server(application(answers, "tiny", batches, memory or Memory()), hosts)
+    with listen("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        bound.listen()
+        thread = Thread(target=started.run, args=([bound],))
+        thread.start()
+        try:
+            yield port, started
+        finally:
+            started.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive()

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import running
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api")
@@ -185,16 +186,10 @@ def test_times_and_memory_are_shown_where_they_are(report, made, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def served(made):
+def served(answers, made):
     """The page's address."""
-    from test_serve import running
-
-    from img2prompt import Predictor
-    from img2prompt.app.answers import Answers, Gallery
-
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
-        answers = Answers(Predictor.load("outputs", "cpu"), Gallery.load(made / "outputs"))
         with running(answers) as (port, _):
             yield f"http://127.0.0.1:{port}/"
 

@@ -16,23 +16,22 @@ import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import Event, Thread
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, WITHOUT
+from conftest import REPOSITORY, WITHOUT, running
 from PIL import Image
 from pydantic import TypeAdapter
 
 from img2prompt import Predictor
 from img2prompt.app import server as serving
 from img2prompt.app import uploads
-from img2prompt.app.answers import Answers, FullAnswer, Gallery
+from img2prompt.app.answers import FullAnswer, Gallery
 from img2prompt.app.batching import Batcher
-from img2prompt.app.server import HEADERS, about, application, listen, server
+from img2prompt.app.server import HEADERS, about, listen
 from img2prompt.app.uploads import MAX_BYTES, MAX_IMAGES, Full, Memory
 from img2prompt.cli.main import main
 from img2prompt.core.storage import write_json
@@ -48,24 +47,6 @@ def encoded(image=None, form="PNG", **options):
 
 
 GOOD = encoded()
-
-
-@contextmanager
-def running(answers, hosts=(), memory=None, **limits):
-    """The port of a server with these answers, and the server."""
-    batches = Batcher(answers, **limits)
-    started = server(application(answers, "tiny", batches, memory or Memory()), hosts)
-    with listen("127.0.0.1", 0) as bound:
-        port = bound.getsockname()[1]
-        bound.listen()
-        thread = Thread(target=started.run, args=([bound],))
-        thread.start()
-        try:
-            yield port, started
-        finally:
-            started.should_exit = True
-            thread.join(20)
-    assert not thread.is_alive()
 
 
 class Echo:
@@ -132,13 +113,6 @@ def until(condition):
 
 
 # What it says of images
-
-
-@pytest.fixture(scope="module")
-def answers(made):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made)  # the gallery's references begin there
-        return Answers(Predictor.load("outputs", "cpu"), Gallery.load(made / "outputs"))
 
 
 @pytest.fixture

@@ -115,14 +115,16 @@ class Answers:
         """Answer uploads in their order; what cannot be decoded has its error."""
         (found,) = self._predictor.stream([upload.data for upload in uploads], len(uploads))
         answers: list[FullAnswer] = [
-            {**answer(upload.name, None, " ".join(str(error or "").split()))}
+            answer(upload.name, None, " ".join(str(error or "").split()))
             for upload, error in zip(uploads, found.errors, strict=True)
         ]
         fine = np.array([error is None for error in found.errors])
         if not fine.any():
             return answers
         names = ["ensemble", *self._predictor.weights]
-        vectors = np.stack([unit(rows[fine]) for rows in (found.embeddings, *map(found.members.get, names[1:]))])
+        vectors = np.stack(
+            [unit(rows[fine]) for rows in (found.embeddings, *map(found.members.__getitem__, names[1:]))]
+        )
         said = self._words(vectors[0], TOP)
         near = self._words.nearest(vectors.reshape(-1, vectors.shape[-1]), 1)  # model by model
         for number, row in enumerate(np.flatnonzero(fine).tolist()):
@@ -141,7 +143,7 @@ class Answers:
             models.append(
                 {"model": name, "weight": weight, "prompt": prompt, "cosine": round(cosine, 6), "cosines": of_others}
             )
-        shown = {entry["prompt"] for entry in (*one["nearest"], *models)}
+        shown = [entry["prompt"] for entry in (*one["nearest"], *models)]
         thumbnails = {text: self.address(self.gallery.rows[text]) for text in shown if text in self.gallery.rows}
         return {**one, "models": models, "thumbnails": thumbnails}
 

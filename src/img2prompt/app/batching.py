@@ -16,6 +16,7 @@ from img2prompt.app.uploads import Full
 
 BATCH = 32  # items at a time
 WAITING = 4 * BATCH  # items that may wait
+PAUSE = 0.02  # seconds for others to join the first: those who were answered together ask again together
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,6 +77,7 @@ class Batcher(Generic[Item, Result]):
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
+                self._changed.wait_for(lambda: len(self._waiting) >= self._batch or self._closed, PAUSE)
                 taken = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
             left = [(item, future) for item, future in taken if future.set_running_or_notify_cancel()]
             if left:

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -231,12 +231,12 @@ def application(answers: Answers, bundle: str, batches: Batcher[Upload, FullAnsw
     return app
 
 
-def static(path: str, kind: str) -> Callable[[], Response]:
+def static(path: str, kind: str) -> Callable[[], Awaitable[Response]]:
     """A route that answers with a file of the library, by the room and the file's name."""
     where, _, name = path.partition("/")
     content = (room(where) / name).read_bytes()
 
-    def answer() -> Response:
+    async def answer() -> Response:
         return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
 
     return answer
