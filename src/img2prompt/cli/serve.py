@@ -6,13 +6,15 @@
 Pictures are kept in memory only, and no longer than it takes to answer. /openapi.json describes the API; docs/serve.md
 has the limits, and how to run it as a service. It needs the extra `app`: `pip install 'img2prompt[app]'`.
 
-Exit status: 1, the model cannot be loaded or the address not be had.
+Exit status: 0, it was told to end (SIGTERM, Ctrl-C) and has answered what it had taken; 1, the model cannot be loaded,
+or the address not be had.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -37,7 +39,10 @@ def main(options: argparse.Namespace) -> None:
         sys.exit(f"error: {error.name} is not installed: pip install 'img2prompt[app]'")
     try:
         with listen(options.host, options.port) as bound:
-            serve(load(options.bundle), options.bundle or OUTPUTS, bound, options.allow_host)
+            predictor = load(options.bundle)
+            # The server, told to end, ends the process by the same signal: then what clears up would not run.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            serve(predictor, options.bundle or OUTPUTS, bound, options.allow_host)
     except (ValueError, OSError) as error:
         if os.environ.get("IMG2PROMPT_DEBUG"):
             raise
