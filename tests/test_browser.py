@@ -295,6 +295,12 @@ def test_it_shows_what_the_api_says(page, picture, served):
     result.get_by_role("button", name="Copy the prompt").click()
     playwright.expect(shown.get_by_role("status")).to_have_text("Copied")
     assert shown.evaluate("navigator.clipboard.readText()") == said["prompt"]
+    # On another machine, without TLS, scripts have no clipboard.
+    shown.evaluate("navigator.clipboard.writeText('something else')")
+    shown.evaluate("window.kept = navigator.clipboard")
+    shown.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    result.locator(".copy").click()
+    assert shown.evaluate("kept.readText()") == said["prompt"]
 
 
 def test_pictures_come_in_many_ways(page, picture):
