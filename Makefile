@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test test-slow test-browser lint search compare table
+.PHONY: help setup check submission test test-slow test-browser lint search compare table serve
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,3 +56,6 @@ compare: check  ## A=base B='exp1 exp2': experiments picture by picture (or git 
 
 table: check  ## the paper's table on your data; SET='knn.k=50 ...' sets params for every row
 	img2prompt table $(SET)
+
+serve: check  ## a page to try the last run; ARGS='--bundle DIR --port 8080'
+	img2prompt serve $(ARGS)

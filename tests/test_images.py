@@ -102,6 +102,14 @@ def test_a_bomb_is_refused():
         decode(encoded(Image.new("1", (20000, 10000))))
 
 
+def test_a_line_is_refused():
+    """With 224 pixels for its shorter side it would take 2 GB."""
+    for size in ((30000, 2), (2, 30000)):
+        with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels: more than 40 times"):
+            decode(encoded(Image.new("RGB", size)))
+    assert decode(encoded(Image.new("RGB", (400, 10)))).size == (400, 10)
+
+
 def test_images_in_one_tar(tmp_path):
     images = [encoded(Image.new("RGB", (4, 4), (shade, 0, 0))) for shade in range(5)]
     tar = tmp_path / "images.tar"

@@ -14,12 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from img2prompt.core.images import FORMATS
+from img2prompt.core.images import FORMATS, MAX_RATIO
 
 MAX_BYTES = 10 * 2**20  # of a request's body
 MAX_IMAGES = 16  # of a request
 MAX_PIXELS = 40_000_000
-MAX_RATIO = 40  # of the sides: the shorter one is scaled to a tower's, so a mere line would grow to gigabytes
 MAX_SCANS = 64  # of a JPEG: one is a pass over all pixels and need not have more than 60 bytes
 SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")  # the head of one, of 1 to 4 components
 SECONDS = 30  # from a request's head to the end of its body

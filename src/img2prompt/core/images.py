@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # A reference is a file's path, or `file#offset+size`: bytes inside a larger file, such as a tar's member.
 SPAN = re.compile(r"\d+\+\d+")
 MAX_BYTES = 2**28  # a larger file is no image, whatever its name says
+MAX_RATIO = 40  # of the sides: the shorter one is scaled to a tower's size, so a mere line would grow to gigabytes
 # Not every format that Pillow knows: some run other programs or fetch files that they refer to.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
@@ -53,7 +54,7 @@ def decode(data: bytes) -> Image.Image:
     """Decode to 8-bit RGB: the first frame, upright by EXIF, transparency over white, 16-bit grey scaled to 8 bits.
 
     Raises:
-        ValueError: the bytes are no image, are cut short, or decode to more than 89 million pixels.
+        ValueError: the bytes are no image, are cut short, decode to more than 89 million pixels, or see `to_rgb`.
     """
     try:
         with warnings.catch_warnings():
@@ -70,7 +71,13 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as 8-bit RGB, as `decode` has it."""
+    """An opened image as 8-bit RGB, as `decode` has it.
+
+    Raises:
+        ValueError: one side is more than MAX_RATIO times the other.
+    """
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_RATIO} times as long as it is wide")
     with contextlib.suppress(Exception):  # broken EXIF is no reason to lose an image
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
