@@ -3,7 +3,8 @@
     python bench/words.py                   # the test pictures whose prompts are known
     python bench/words.py --fold 0          # a fold's pictures, out of fold, in the words of the other folds' prompts
 
-Reads outputs/. Intervals are 95%, over groups of similar prompts. Choices for the contest are made with --fold.
+Reads outputs/. Intervals are 95%, over groups of similar prompts. Choices for the contest are made with --fold. --docs
+puts the figures of all test pictures into docs/results.md.
 """
 
 import argparse
@@ -14,18 +15,30 @@ import numpy as np
 import pandas as pd
 
 from img2prompt.cli.check import load_params
+from img2prompt.cli.documents import caption, put
+from img2prompt.cli.table import data_of
 from img2prompt.core.device import device
 from img2prompt.core.metric import bootstrap_interval, cosine
+from img2prompt.core.process import made
 from img2prompt.core.rows import read_rows
 from img2prompt.ensemble.members import read_oof
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.prompts.encoder import Encoder
+from img2prompt.report.scores import markdown
 from img2prompt.words.fit import which
 from img2prompt.words.phrases import Phrases, mine
 from img2prompt.words.vocabulary import Vocabulary
 from img2prompt.words.words import Words
 
 OUTPUTS = Path("outputs")
+TITLES = [
+    "pictures",
+    "ensemble",
+    "nearest prompt",
+    "composed prompt",
+    "composed minus nearest",
+    "first five words right",
+]
 
 
 class Counted(Encoder):
@@ -101,7 +114,10 @@ def main() -> None:
     parser.add_argument("--fold", type=int)
     parser.add_argument("--pictures", type=int, help="as many, evenly spaced (default: all)")
     parser.add_argument("--examples", type=int, default=12)
+    parser.add_argument("--docs", action="store_true")
     args = parser.parse_args()
+    if args.docs and (args.fold is not None or args.pictures):
+        parser.error("--docs is of all test pictures: leave out --fold and --pictures")
     encode = Counted(load_params().embed_prompts.model, device(), quiet=True)
     predictions, targets, prompts, group = test_rows() if args.fold is None else fold_rows(args.fold)
     some = np.linspace(0, len(targets) - 1, min(len(targets), args.pictures or len(targets))).astype(int)
@@ -118,10 +134,16 @@ def main() -> None:
     print(f"{len(said)} pictures, {seconds / len(said):.3f} s and {embedded / len(said):.0f} embeddings a picture")
     print("cosine to the truth | to the prediction")
     for name, to_truth in scores.items():
-        made = {"ensemble": predictions, "nearest prompt": nearest, "composed prompt": composed}[name]
-        print(f"{name:16} {with_interval(to_truth, group)} | {cosine(made, predictions).mean():.4f}")
-    gain = scores["composed prompt"] - scores["nearest prompt"]
-    print(f"composed minus nearest {with_interval(gain, group)}")
+        vectors = {"ensemble": predictions, "nearest prompt": nearest, "composed prompt": composed}[name]
+        print(f"{name:16} {with_interval(to_truth, group)} | {cosine(vectors, predictions).mean():.4f}")
+    gain = with_interval(scores["composed prompt"] - scores["nearest prompt"], group)
+    print(f"composed minus nearest {gain}")
+    cells = [
+        f"{len(said):,}",
+        *(f"{to_truth.mean():.4f}" for to_truth in scores.values()),
+        gain,
+        "none is common enough",
+    ]
 
     vocabulary = Vocabulary.load(OUTPUTS / "words")
     if vocabulary.words and args.fold is None:
@@ -129,8 +151,9 @@ def main() -> None:
         probabilities = vocabulary.probabilities(predictions)
         first = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
         right, sure = (np.take_along_axis(x, first, axis=1) for x in (truth, probabilities))
-        best, common = np.minimum(truth.sum(1), 5).mean() / 5, truth[:, :5].mean()
+        best, common = np.minimum(truth.sum(1), first.shape[1]).mean() / first.shape[1], truth[:, :5].mean()
         print(f"\n{len(vocabulary.words)} words; a prompt has {truth.sum(1).mean():.2f} of them")
+        cells[-1] = f"{right.mean():.2f}, said {sure.mean():.2f}, possible {best:.2f}"
         print(f"right of the first five: {with_interval(right.mean(1), group)}; mean probability {sure.mean():.4f}")
         print(f"(at best {best:.4f}, the five commonest {common:.4f}); of the first: {right[:, 0].mean():.4f}")
         for name, p, y in (("the first five", sure, right), ("all words", probabilities, truth)):
@@ -146,6 +169,10 @@ def main() -> None:
         print(f"composed  {said[row].prompt}   ({own['composed prompt']})")
         print(f"nearest   {said[row].nearest[0][0]}   ({own['nearest prompt']})")
         print(f"words     {', '.join(f'{word} {probability:.2f}' for word, probability in said[row].words)}\n")
+    if args.docs:
+        data = data_of(pd.read_parquet(OUTPUTS / "scores/cosines.parquet"))
+        table = markdown([TITLES, ["---"] * len(TITLES), cells])
+        put({f"words {data}": f"{table}\n{caption(f'Data: {data}', [made()])}"}, Path(__file__).resolve().parent.parent)
 
 
 if __name__ == "__main__":
