@@ -16,7 +16,6 @@ import pandas as pd
 
 from img2prompt.cli.check import load_params
 from img2prompt.cli.documents import caption, put
-from img2prompt.cli.table import data_of
 from img2prompt.core.device import device
 from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.process import made
@@ -24,6 +23,7 @@ from img2prompt.core.rows import read_rows
 from img2prompt.ensemble.members import read_oof
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.prompts.encoder import Encoder
+from img2prompt.report.run import data_of
 from img2prompt.report.scores import markdown
 from img2prompt.words.fit import which
 from img2prompt.words.phrases import Phrases, mine

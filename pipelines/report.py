@@ -12,7 +12,7 @@ from img2prompt.prompts.params import DedupParams
 from img2prompt.report import findings
 from img2prompt.report.gallery import galleries
 from img2prompt.report.page import render
-from img2prompt.report.run import Run
+from img2prompt.report.run import Run, data_of
 from img2prompt.sources.params import PrepareParams
 from img2prompt.words.words import Words
 from pipelines import run
@@ -25,7 +25,7 @@ def main(prepare: PrepareParams, clip: ClipParams, dedup: DedupParams, ensemble:
     of, where = Run.read(OUTPUTS), device()
     page = render(
         "report.html",
-        title=", ".join("/".join(Path(source.path).parts[-2:]) for source in prepare.train),
+        title=data_of(of.cosines),
         competition={"train": [source.path for source in prepare.train], "test": prepare.test.path},
         rows={
             "train": len(of.train),

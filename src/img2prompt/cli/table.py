@@ -25,6 +25,7 @@ from img2prompt.core.process import CHANGED, commit, made, records, turn
 from img2prompt.core.storage import digest, read_json, whole_folder, write_json
 from img2prompt.report.comparison import KEY, results
 from img2prompt.report.figures import draw_results
+from img2prompt.report.run import data_of
 from img2prompt.report.scores import gain_over_best_member, markdown
 
 # The settings of the paper's method, without our additions, whatever params.yaml says; our rows, below the line, take
@@ -174,12 +175,6 @@ def report_of(table: pd.DataFrame) -> str:
         paper = "" if row.paper is None else f"{row.paper:.4f}"
         lines.append([row.name, *score, *gains, f"{line.seconds:.0f}", paper])
     return markdown(lines)
-
-
-def data_of(cosines: pd.DataFrame) -> str:
-    """What the report and the documents call the data of a run: the last two parts of each train source's path."""
-    sources = cosines.source[cosines.split == "train"].unique()
-    return ", ".join("/".join(Path(source).parts[-2:]) for source in sources)
 
 
 def scores_for_documents() -> dict[str, str]:

@@ -111,3 +111,12 @@ class Run:
             members = [self.member(name, test)[rows[of_fold]] for name in self.weights.index]
             found[of_fold] = mix(members, self.weights[f"fold_{held_out}"].tolist())
         return found
+
+
+def data_of(cosines: pd.DataFrame) -> str:
+    """What the report and the documents call the data of a run: the last two parts of each train source's path.
+
+    cosines: of the scores stage; its columns `split` and `source`.
+    """
+    sources = cosines.source[cosines.split == "train"].unique()
+    return ", ".join("/".join(Path(source).parts[-2:]) for source in sources)
