@@ -154,6 +154,11 @@ def test_every_document_is_in_the_readme_and_every_picture_in_a_document():
             assert any(f"{path.name})" in text for text in texts.values()), path.name
 
 
+def test_every_room_is_in_the_readme():
+    rooms = {path.parent.name for path in (REPOSITORY / "src/img2prompt").glob("*/__init__.py")}
+    assert set(re.findall(r"^      (\w+)/ ", DOCUMENTS[0].read_text(), re.MULTILINE)) == rooms
+
+
 def test_the_table_s_notes_are_those_of_the_code():
     assert f"-->{table.NOTES}<!-- end -->" in (REPOSITORY / "docs/results.md").read_text()
 
