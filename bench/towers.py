@@ -127,7 +127,8 @@ if __name__ == "__main__":
             measured = alone.submit(measure, folder, images, args.unfreeze, args.checkpoints, args.drawn)
             rows.append(measured.result())
     table = markdown([TITLES, ["---"] * len(TITLES), *rows])
-    table += f"\n{caption(f'Random weights, {len(images)} images', [made()], [f'model_a.unfreeze={args.unfreeze}'])}"
+    of = f"Random weights, {len(images)} images, {torch.get_num_threads()} threads"
+    table += f"\n{caption(of, [made()], [f'model_a.unfreeze={args.unfreeze}'])}"
     print(table)
     if args.docs:
         put({"towers": table}, Path(__file__).resolve().parent.parent)
