@@ -50,9 +50,8 @@ def main(embed_prompts: EmbedPromptsParams) -> None:
     texts = [phrase.text for phrase, _ in mined]
     # It stays for the next run: another ensemble has the same phrases.
     resume = resume_folder("words", name, where, room("prompts"), room("core"), "\0".join(texts))
-    phrases = Phrases(
-        [phrase for phrase, _ in mined], [count for _, count in mined], Encoder(name, where)(texts, resume=resume)
-    )
+    embedded = Encoder(name, where, exact=False)(texts, resume=resume)
+    phrases = Phrases([phrase for phrase, _ in mined], [count for _, count in mined], embedded)
     with whole_folder(out) as folder:
         pq.write_table(pa.table({"prompt": pa.array(distinct, pa.string())}), folder / "prompts.parquet")
         save_rows(folder / "prompts.npy", embeddings)

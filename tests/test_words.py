@@ -262,7 +262,7 @@ def test_a_folder_is_read_and_a_damaged_one_refused(folder, capfd):
     capfd.readouterr()
     (said,) = words(target, top=1)
     assert said.prompt == "a photo of a cat at night"
-    assert said.prompt_cosine == pytest.approx(1, abs=1e-5)
+    assert said.prompt_cosine == pytest.approx(1, abs=1e-4)  # in half precision, where the machine has it
     assert [word for word, _ in said.words] == ["cat"]
     assert [prompt for prompt, _ in said.nearest] == ["a photo of a cat in the rain"]
     assert capfd.readouterr().err == ""  # no bars within those of whoever asks

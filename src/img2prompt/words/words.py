@@ -82,7 +82,7 @@ class Words:
                 )
         encoder = read_json(folder / "words.json")["encoder"]
         local = folder / encoder
-        encode = Encoder(str(local) if local.is_dir() else encoder, device, quiet=True)
+        encode = Encoder(str(local) if local.is_dir() else encoder, device, quiet=True, exact=False)
         return cls(prompts, embeddings, phrases, vocabulary, encode, device)
 
     def __call__(self, embeddings: np.ndarray, top: int = 5) -> list[Said]:
