@@ -8,13 +8,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, untrained_clip
 from huggingface_hub import constants
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from img2prompt.clip import features
 from img2prompt.clip.features import text_features
 from img2prompt.clip.model import image_only, load_clip, materialise, save_clip, settle_hub, view
 from img2prompt.clip.params import SAMPLES, sample_tower
@@ -147,6 +148,29 @@ def test_materialised_clip_gives_the_same_embeddings(tiny_clip, tmp_path):
     assert texts.shape == (3, 16)
     assert np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
     assert np.allclose(texts[0], texts[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"custom_text": True},
+        {"custom_text": True, "text_cfg": TINY["text_cfg"] | {"no_causal_mask": True, "pool_type": "last"}},
+        {"custom_text": True, "text_cfg": TINY["text_cfg"] | {"embed_cls": True}},
+    ],
+    ids=["clip", "custom text", "not causal", "class token"],
+)
+def test_texts_without_padding_and_in_half_precision_are_as_embedded_by_open_clip(config, has, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "has_bfloat16", lambda device: has)
+    clip = load_clip(untrained_clip(tmp_path, "tiny-text", TINY | config), "cpu")
+    prompts = [" ".join(["cat!", "dog", "oil painting"][: 1 + n % 3] * (1 + n % 5)) for n in range(40)]
+    found = np.load(text_features(clip, prompts, 3, "cpu", tmp_path / "text"))
+    with torch.no_grad():
+        expected = clip.model.encode_text(clip.tokenizer(prompts), normalize=True).numpy()
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert np.abs((found * expected).sum(1) - 1).max() < (1e-4 if has else 1e-6)
+    assert np.allclose(found, expected, atol=1e-6) is not has
 
 
 def test_local_folder_and_image_size(tiny_clip, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,7 +19,7 @@ from img2prompt.clip.model import Clip, view
 from img2prompt.clip.params import FreezeParams
 from img2prompt.clip.towers import frozen, is_cut, project, tower
 from img2prompt.core.blocks import blocks
-from img2prompt.core.device import autocast, off, onto
+from img2prompt.core.device import autocast, has_bfloat16, off, onto
 from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import grow, resume_folder, room
@@ -230,20 +231,37 @@ def ahead_folder(
 
 
 def text_features(clip: Clip, prompts: Sequence[str], batch_size: int, device: str, folder: Path) -> Path:
-    """CLIP text embeddings C(p), batch by batch; a killed run resumes from what is in `folder`.
+    """CLIP text embeddings C(p), in bfloat16 where the device has it; a killed run resumes from what is in `folder`.
 
     Returns the path of the .npy file: (n, embed_dim) float32, rows of norm 1.
     """
 
-    @torch.no_grad()
     def run(left: Sequence[Sequence[str]]) -> Iterator[dict[str, np.ndarray]]:
-        for batch in progress(left, "CLIP on prompts", unit="batch"):
-            tokens = clip.tokenizer(list(batch)).to(device)
-            yield {"text": clip.model.encode_text(tokens, normalize=True).float().cpu().numpy()}
+        for part in progress(left, "CLIP on prompts", unit="batch"):
+            tokens = clip.tokenizer(list(part))
+            ends = tokens.shape[1] - (tokens != 0).flip(1).int().argmax(1)  # behind them all is padding
+            order = ends.argsort(stable=True)
+            batches = [(tokens[rows].to(device), int(ends[rows].max())) for rows in order.split(batch_size)]
+            found = [_embedded(clip.model, *batch) for batch in batches]
+            yield {"text": functional.normalize(torch.cat(found).float())[order.argsort()].cpu().numpy()}
 
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    if batches:
-        return grow(folder, batches, run)["text"]
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "text.npy", next(run([["no prompt"]]))["text"][:0])
-    return folder / "text.npy"
+    parts = [prompts[rows] for rows in blocks(len(prompts), 8 * batch_size)]  # of which texts of a length go together
+    # Around all batches, as autocast keeps the weights that it has cast for as long as it lasts.
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bfloat16(device)):
+        if parts:
+            return grow(folder, parts, run)["text"]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "text.npy", next(run([["no prompt"]]))["text"][:0])
+        return folder / "text.npy"
+
+
+def _embedded(model: nn.Module, tokens: Tensor, length: int) -> Tensor:
+    """Text embeddings (b, embed_dim) of tokens (b, context) int64, which are padding from `length` on."""
+    tower, name = (model.text, "text.") if hasattr(model, "text") else (model, "")
+    mask, pool = getattr(tower, "attn_mask", None), getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    if mask is None or pool not in ("argmax", "eos") or getattr(tower, "cls_emb", None) is not None:
+        return model.encode_text(tokens)
+    # In a causal tower nothing behind a text's last token, which is the one it takes, has a part in its embedding.
+    shorter = {"positional_embedding": tower.positional_embedding[:length], "attn_mask": mask[:length, :length]}
+    weights = {name + key: value for key, value in shorter.items()}
+    return functional_call(model, weights, kwargs={"text": tokens[:, :length]})[1]
