@@ -78,10 +78,10 @@ class Encoder:
 
     def __init__(self, name: str, device: str, quiet: bool = False, exact: bool = True) -> None:
         local = name == EMBEDDED or Path(name).is_dir()
-        library = None if local else Library(name, device)  # which fetches the files
+        library = None if local else Library(name, device)  # fetches what this machine has not
         try:
             folder = folder_of(name)
-        except OSError:  # what is no sentence-transformers model the hub's cache has under another name
+        except OSError:  # the library has its own names for some plain models on the hub
             folder = None
         if folder and is_bert(folder):
             dtype = torch.bfloat16 if not exact and has_bfloat16(device) else torch.float32
