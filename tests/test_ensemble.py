@@ -122,6 +122,7 @@ def test_a_given_alpha_is_the_share_of_the_family(members, alpha):
 def test_two_members_of_a_given_alpha_leave_nothing_to_search(members):
     cosines = Cosines.between(members[0][:2], members[1])
     assert search_weights(cosines, np.array([True, False]), 0.6).tolist() == [0.6, 0.4]
+    assert search_weights(cosines, np.array([True, False]), 1.0).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match=r"alpha is 0\.6"):
         search_weights(cosines, np.array([True, True]), 0.6)
 
@@ -170,10 +171,10 @@ def test_a_fold_s_weights_come_from_the_other_folds(members):
 def test_means_of_models_are_nearer_to_the_target_and_to_each_other():
     # One image: two members at cosine 0.6 with the target and 0.5 with each other. The means of their models have a
     # squared norm of 0.64 and 1: dot products with the target stay, so the first's cosine grows to 0.6 / 0.8.
-    cosines = Cosines(np.array([[0.6, 0.6]]), np.array([[[1, 0.5], [0.5, 1]]]))
+    cosines = Cosines(np.array([[0.6], [0.6]]), np.array([[0.5]]))
     found = cosines.averaged(np.array([0.36, 0.0]))
-    np.testing.assert_allclose(found.to_target, [[0.75, 0.6]])
-    np.testing.assert_allclose(found.gram, [[[1, 0.625], [0.625, 1]]])
+    np.testing.assert_allclose(found.to_target, [[0.75], [0.6]])
+    np.testing.assert_allclose(found.to_each_other, [[0.625]])
 
 
 def test_two_heads_out_of_fold_tell_the_weights_for_means_of_models():

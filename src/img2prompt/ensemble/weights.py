@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,8 +37,8 @@ class Cosines:
     The mix of any weights is scored from it in O(n * m**2), without touching predictions again.
     """
 
-    to_target: np.ndarray  # (n, m): each member's cosine with the target
-    gram: np.ndarray  # (n, m, m): the members' dot products with one another, at norm 1
+    to_target: np.ndarray  # (m, n): each member's cosine with the target
+    to_each_other: np.ndarray  # (m * (m - 1) / 2, n): the cosines of two members, in the order of np.triu_indices(m, 1)
 
     @classmethod
     def between(cls, members: Sequence[np.ndarray | Stack], targets: np.ndarray | Stack) -> Cosines:
@@ -45,18 +46,18 @@ class Cosines:
         if len({len(rows) for rows in (targets, *members)}) > 1:
             raise ValueError(f"rows differ: {len(targets)} targets, members of {[len(member) for member in members]}")
         n, m = len(targets), len(members)
-        to_target, gram = np.empty((n, m)), np.ones((n, m, m))
+        found = cls(np.empty((m, n)), np.empty((m * (m - 1) // 2, n)))
         for rows in blocks(n):
             own = [member[rows] for member in members]
-            for i in range(m):
-                to_target[rows, i] = cosine(own[i], targets[rows], rows.start)
-                for j in range(i):
-                    gram[rows, i, j] = gram[rows, j, i] = cosine(own[i], own[j], rows.start)
-        return cls(to_target, gram)
+            for place, member in enumerate(own):
+                found.to_target[place, rows] = cosine(member, targets[rows], rows.start)
+            for place, (one, other) in enumerate(itertools.combinations(own, 2)):
+                found.to_each_other[place, rows] = cosine(one, other, rows.start)
+        return found
 
     def __getitem__(self, rows: np.ndarray) -> Cosines:
         """The cosines of some rows, given as a mask or as indices."""
-        return Cosines(self.to_target[rows], self.gram[rows])
+        return Cosines(self.to_target[:, rows], self.to_each_other[:, rows])
 
     def averaged(self, spread: np.ndarray) -> Cosines:
         """What to expect where each member is the mean of models like the one that these cosines are of.
@@ -66,27 +67,39 @@ class Cosines:
         norm 1 again it is nearer to all of them.
         """
         norms = np.sqrt(1 - spread)
-        gram = self.gram / np.outer(norms, norms)
-        gram[:, np.arange(len(norms)), np.arange(len(norms))] = 1.0
-        return Cosines(self.to_target / norms, gram)
+        one, other = np.triu_indices(len(norms), 1)
+        return Cosines(self.to_target / norms[:, None], self.to_each_other / (norms[one] * norms[other])[:, None])
 
     def of_mix(self, weights: np.ndarray) -> np.ndarray:
-        """The cosine of the `mix` of weights (m,) with the target: (n,), w.c / sqrt(w G w)."""
-        return self.to_target @ weights / np.sqrt(self._squared_norms(weights))
+        """The cosine of the `mix` of weights (m,) with the target: (n,), w.c / sqrt(w G w), G the members' cosines."""
+        return _sum(weights, self.to_target) / np.sqrt(self._squared_norms(weights))
 
     def loss(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the mean of `of_mix`, and its gradient (m,) with respect to the weights."""
         squared = self._squared_norms(weights)
         inverse = 1 / np.sqrt(squared)
-        scores = self.to_target @ weights * inverse
-        pull = np.tensordot(scores / squared, self.gram, axes=1) @ weights
-        return -float(scores.mean()), (pull - inverse @ self.to_target) / len(scores)
+        scores = _sum(weights, self.to_target) * inverse
+        shrinks = scores / squared
+        pairs = np.zeros((len(weights), len(weights)))
+        pairs[np.triu_indices_from(pairs, 1)] = _along(self.to_each_other, shrinks)
+        pull = shrinks.sum() * weights + (pairs + pairs.T) @ weights
+        return -float(scores.mean()), (pull - _along(self.to_target, inverse)) / len(scores)
 
     def _squared_norms(self, weights: np.ndarray) -> np.ndarray:
-        squared = self.gram.reshape(len(self.gram), -1) @ np.outer(weights, weights).ravel()
+        one, other = np.triu_indices(len(weights), 1)
+        squared = weights @ weights + _sum(2 * weights[one] * weights[other], self.to_each_other)
         # Members that point in opposite directions may cancel. Then w.c is 0 too, and so is the score of a row
         # that has no direction.
         return np.maximum(squared, 1e-12)
+
+
+# By einsum, which is memory-bound and runs on one thread: BLAS takes longer to wake a second one than the sum takes.
+def _sum(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.einsum("p,pn->n", weights, rows)
+
+
+def _along(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.einsum("pn,n->p", rows, values)
 
 
 def heads_spread(first: np.ndarray | Stack, second: np.ndarray | Stack, k: int) -> float:
@@ -110,7 +123,7 @@ def search_weights(
     good results the first counts, so where the data do not decide, the weights are equal. Deterministic.
     Raises ValueError where there are no rows, or alpha asks for weight on a family without members.
     """
-    n, m = cosines.to_target.shape
+    m, n = cosines.to_target.shape
     if not n:
         raise ValueError("no rows to search weights on: some rows outside the held-out fold must be scored")
     parts = [(np.ones(m, dtype=bool), 1.0)]
@@ -129,14 +142,15 @@ def search_weights(
     starts = [np.ones(m), *(1 / m + np.eye(m))] if start is None else [start]
     upper = np.sum([share * members for members, share in parts], axis=0)
     shares = LinearConstraint(np.array([members for members, _ in parts], dtype=float), *2 * [[s for _, s in parts]])
+    if all(members.sum() < 2 for members, share in parts if share > 0):
+        return onto_simplex(starts[0])  # the shares leave nothing to search
     best, best_loss = None, np.inf
     for weights in map(onto_simplex, starts):
         found = minimize(
             cosines.loss, weights, jac=True, method="SLSQP", bounds=[(0.0, limit) for limit in upper],
             constraints=shares, options={"ftol": 1e-13, "maxiter": 300},
         ).x  # fmt: skip
-        # The start counts too: where the constraints fix all weights, the optimiser finds nothing better.
-        for candidate in (weights, onto_simplex(found)):
+        for candidate in (weights, onto_simplex(found)):  # the start counts too
             loss = cosines.loss(candidate)[0]
             if loss < best_loss - TIE:
                 best, best_loss = candidate, loss
@@ -151,12 +165,12 @@ def alpha_curve(cosines: Cosines, family: np.ndarray, fold: np.ndarray) -> pd.Da
     import pandas as pd  # prediction, which needs `mix`, does without pandas
 
     rows, weights = [], None
-    of_fold = {f"fold_{own}": fold == own for own in np.unique(fold)}
+    folds, own, sizes = np.unique(fold, return_inverse=True, return_counts=True)
     for alpha in np.arange(101) / 100:
         weights = search_weights(cosines, family, alpha, weights)  # the optimum of the last alpha is near this one
         of_mix = cosines.of_mix(weights)
-        rows.append((alpha, -cosines.loss(weights)[0], *(of_mix[own].mean() for own in of_fold.values())))
-    return pd.DataFrame(rows, columns=["alpha", "score", *of_fold])
+        rows.append((alpha, of_mix.mean(), *(np.bincount(own, of_mix) / sizes)))
+    return pd.DataFrame(rows, columns=["alpha", "score", *(f"fold_{number}" for number in folds)])
 
 
 def cross_fitted(
