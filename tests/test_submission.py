@@ -29,8 +29,10 @@ def read(dim):
     return frame["imgId_eId"].tolist(), frame["val"].to_numpy().reshape(-1, dim)
 
 
-def test_rows_are_the_ids_in_order_and_values_come_back_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(submission, "CHUNK", 3)  # 7 images: two whole chunks and a rest
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_rows_are_the_ids_in_order_and_values_come_back_bit_for_bit(monkeypatch, threads):
+    monkeypatch.setenv("IMG2PROMPT_THREADS", threads)
+    monkeypatch.setattr(submission, "CHUNK", 1)  # more chunks than may wait at a time
     ids, predictions = list("gacbfed"), vectors(7)
     write_submission(PATH, ids, predictions)
     names, values = read(384)
@@ -128,7 +130,9 @@ def test_a_check_counts_rows():
         check_submission(PATH, ["a"], dim=2)
 
 
-def test_a_check_streams_over_many_blocks():
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_a_check_streams_over_many_blocks(monkeypatch, threads):
+    monkeypatch.setenv("IMG2PROMPT_THREADS", threads)
     ids, predictions = [f"image {i}" for i in range(500)], vectors(500)  # 4 MB: several of Arrow's blocks
     write_submission(PATH, ids, predictions)
     check_submission(PATH, ids)

@@ -1,15 +1,22 @@
 """The submission file: one row for each of the 384 values of each image's vector."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from img2prompt.core.blocks import blocks
+from img2prompt.core.process import threads
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 HEADER = ["imgId_eId", "val"]
-CHUNK = 512  # images written at a time: some 5 MB of text
+CHUNK = 128  # images written at a time: some 1 MB of text
 TOLERANCE = 1e-4  # how far a vector's norm may be from 1
 NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
@@ -26,18 +33,21 @@ def write_submission(path: Path, ids: Sequence[str], predictions: np.ndarray) ->
     _check_ids(path, ids)
     _check_norms(path, ids, np.einsum("ij,ij->i", predictions, predictions, dtype=np.float64))
     quote = '"' if any(set(name) & set(',"\r\n') for name in ids) else ""
-    # Arrow joins the text as whole columns: a Python loop over single values would be slow.
     prefixes = [f"{quote}{name.replace(quote, quote * 2) if quote else name}_" for name in ids]
     suffixes = [f"{element}{quote}," for element in range(predictions.shape[1])]
+
+    def lines(rows: slice) -> memoryview:
+        # Arrow joins the text as whole columns: a Python loop over single values would be slow.
+        values = np.asarray(predictions[rows], dtype=np.float32)
+        names = _product(prefixes[rows], suffixes)
+        joined = pc.binary_join_element_wise(*names, pc.cast(pa.array(values.ravel()), pa.string()), "\n", "")
+        _, offsets, text = joined.buffers()
+        return memoryview(text)[: np.frombuffer(offsets, np.int32)[len(joined)]]
+
     with path.open("wb") as file:
         file.write(f"{','.join(HEADER)}\n".encode())
-        for start in range(0, len(ids), CHUNK):
-            rows = slice(start, start + CHUNK)
-            values = np.asarray(predictions[rows], dtype=np.float32)
-            names = _product(prefixes[rows], suffixes)
-            lines = pc.binary_join_element_wise(*names, pc.cast(pa.array(values.ravel()), pa.string()), "\n", "")
-            _, offsets, text = lines.buffers()
-            file.write(memoryview(text)[: np.frombuffer(offsets, np.int32)[len(lines)]])
+        for text in _side_by_side(lines, blocks(len(ids), CHUNK)):
+            file.write(text)
 
 
 def check_submission(path: Path, ids: Sequence[str], dim: int = 384) -> None:
@@ -49,13 +59,23 @@ def check_submission(path: Path, ids: Sequence[str], dim: int = 384) -> None:
     """
     _check_ids(path, ids)
     squares, row = np.zeros(len(ids)), 0
-    for batch in _batches(path, dim):
+
+    def numbered() -> Iterator[tuple[pa.RecordBatch, int]]:
+        row = 0
+        for batch in _batches(path, dim):
+            yield batch, row
+            row += len(batch)
+
+    def values(numbered: tuple[pa.RecordBatch, int]) -> np.ndarray:
+        batch, row = numbered
         if row + len(batch) > len(ids) * dim:
             raise ValueError(f"{path}: more rows than {len(ids)} ids x {dim}: write one vector for each id")
-        values = _values(path, batch, row, ids, dim, pa.float32())
-        image = (row + np.arange(len(batch))) // dim
-        squares += np.bincount(image, weights=np.square(values, dtype=np.float64), minlength=len(ids))
-        row += len(batch)
+        return _values(path, batch, row, ids, dim, pa.float32())
+
+    for found in _side_by_side(values, numbered()):
+        image = (row + np.arange(len(found))) // dim
+        squares += np.bincount(image, weights=np.square(found, dtype=np.float64), minlength=len(ids))
+        row += len(found)
     if row < len(ids) * dim:
         raise ValueError(f"{path}: ends after row {row} of {len(ids)} x {dim}: write the file again")
     _check_norms(path, ids, squares)
@@ -103,6 +123,18 @@ def read_submission(path: Path, dim: int = 384) -> tuple[list[str], np.ndarray]:
             "a direction; the mean of all vectors serves where there is no prediction"
         )
     return ids, found
+
+
+def _side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `work` makes of the items, in order; Arrow leaves Python's threads free, and few results wait at a time."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads()) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _batches(path: Path, dim: int) -> Iterator[pa.RecordBatch]:
