@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from img2prompt.clip.features import Images
-from img2prompt.core.device import ahead, device, has_bfloat16, off, onto
+from img2prompt.core.device import ahead, device, half_products, has_bfloat16, off, onto
 
 
 def test_what_is_read_ahead_is_in_order_one_ahead_and_closed():
@@ -70,3 +70,21 @@ def test_a_device_that_is_not_here_is_named(monkeypatch):
 def test_a_processor_says_itself_whether_it_has_bfloat16(flags, has, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert has_bfloat16("cpu") is has
+
+
+@pytest.mark.parametrize(("flags", "precision"), [({"avx2": True}, "highest"), ({"amx_bf16": True}, "medium")])
+def test_products_are_in_half_precision_in_the_block_alone_and_where_there_is_one(flags, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    with pytest.raises(KeyError), half_products("cpu"):
+        assert torch.get_float32_matmul_precision() == precision
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+    with half_products("meta"):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_products_in_half_precision_are_sums_in_float32():
+    """Of numbers that bfloat16 has as they are: no sum of them is rounded to it."""
+    x = torch.randint(-8, 9, (300, 400), generator=torch.Generator().manual_seed(0)).float()
+    with half_products("cpu"):
+        assert torch.equal(x @ x.T, (x.double() @ x.double().T).float())

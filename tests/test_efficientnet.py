@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from img2prompt.clip import efficientnet
+from img2prompt.core import device
 
 
 def trunk(name: str = "tf_efficientnet_lite0") -> nn.Module:
@@ -32,7 +33,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize(
     ("number", "side"), [(0, 16), (1, 15), (3, 8), (4, 10), (4, 11), (8, 3), (13, 4), (13, 7), (15, 1)]
 )
-def test_a_block_and_its_gradients_are_timms(number, side):
+@pytest.mark.parametrize("half", [False, True])
+def test_a_block_and_its_gradients_are_timms(number, side, half, monkeypatch):
+    """Also by the way of half precision, which float64 goes in full."""
+    monkeypatch.setattr(device, "has_bfloat16", lambda _: half)
     model = trunk()
     reference = copy.deepcopy(blocks(model)[number]).double()
     block = efficientnet.layers(model.double())[1 + number]
@@ -40,7 +44,9 @@ def test_a_block_and_its_gradients_are_timms(number, side):
     x = torch.randn(3, reference.get_submodule("bn1").num_features, side, side, dtype=torch.double)
     first = next(m for m in reference.modules() if isinstance(m, nn.Conv2d))
     x = x[:, : first.in_channels].contiguous(memory_format=torch.channels_last).requires_grad_()
-    found, wanted = block(x), reference(x)
+    with device.half_products("cpu"):
+        found = block(x)
+    wanted = reference(x)
     assert torch.allclose(found, wanted, atol=1e-10)
     seed = torch.randn_like(found)
     (of_found,) = torch.autograd.grad(found, x, seed, retain_graph=True)
@@ -69,6 +75,18 @@ def test_the_whole_tower_keeps_its_names_its_weights_and_its_norms_statistics():
     fast.eval()
     with torch.no_grad():
         assert torch.allclose(fast(images), model(images), atol=1e-4)
+
+
+def test_in_half_precision_the_gradients_are_near():
+    block = efficientnet.layers(trunk())[14]
+    x = torch.randn(8, 192, 4, 4, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for where in ("cpu", "meta"):  # a device whose products stay as they are
+        with device.half_products(where):
+            block(x).square().sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in block.parameters()]))
+        block.zero_grad()
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnetv2_rw_t", "mobilenetv2_100", "mnasnet_100"])

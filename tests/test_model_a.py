@@ -390,7 +390,7 @@ def test_a_short_step_weighs_its_rows_alike(tmp_path):
 @pytest.mark.parametrize("killed_in", [1, 2, 3, 4])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, killed_in, monkeypatch):
     """Killed after each epoch that is written, also after some that a lower rate then trains again."""
-    plan = schedule(ema=0.3, mse=0.01, layer_decay=0.5, lr_head=0.3, warmup=0.5, pull=0.01)
+    plan = schedule(ema=0.3, mse=0.01, layer_decay=0.5, lr_head=0.15, warmup=0.5, pull=0.01)
     how = dict(dropout=0.2, targets=np.stack([TARGETS, TARGETS]), hidden=8, last=False, at=well_started)
     how |= dict(watch=validation(floor=0.95), parts=PARTS, draw=AnyImage(np.arange(120) % 100, (0,)))
     saved, written = training._Run.save, []
@@ -644,25 +644,39 @@ def test_a_refit_is_the_regression_of_the_other_rows(rows):
 @pytest.mark.parametrize("kind", [LinearHead, PaperHead])
 def test_a_row_trains_against_the_regression_without_its_part(kind):
     x, y = torch.from_numpy(FEATURES[ROWS]), torch.from_numpy(TARGETS[ROWS])
-    parts = torch.arange(100) % 4
-    others = refit(REGRESSION, x, y, [parts.numpy() == part for part in range(4)])
-    head = kind(REGRESSION, 0.0, 0, others)
-    for part in range(4):
-        assert torch.allclose(head(x, parts)[parts == part], kind(others[part], 0.0, 0)(x)[parts == part], atol=1e-5)
+    parts = np.repeat(np.arange(4), [40, 0, 35, 25])
+    others = refit(REGRESSION, x, y, [np.arange(100) % 4 == part for part in range(4)])
+    found = kind(REGRESSION, 0.0, 0, others)(x, [40, 0, 35, 25])
+    for part in (0, 2, 3):
+        assert torch.allclose(found[parts == part], kind(others[part], 0.0, 0)(x)[parts == part], atol=1e-5)
     # No file has the parts.
-    assert head.state_dict().keys() == kind(REGRESSION, 0.0, 0).state_dict().keys()
+    assert kind(REGRESSION, 0.0, 0, others).state_dict().keys() == kind(REGRESSION, 0.0, 0).state_dict().keys()
+
+
+def test_the_loss_of_each_row_is_that_against_the_regression_without_its_part(tmp_path):
+    plan = schedule(epochs=1, lr_head=1e-12, lr_tower=1e-12)  # batches of 16 rows, of 3 parts in any order
+    _, _, history = run(tmp_path / "a", plan, LinearHead, at=well_started, parts=PARTS)
+    x, losses = torch.from_numpy(FEATURES[ROWS]), []
+    for part, other in enumerate(OTHERS):
+        own = PARTS[ROWS] == part
+        losses.append(cosine_loss(LinearHead(other, 0.0, 0)(x[own]), torch.from_numpy(TARGETS[ROWS][own])))
+    assert history[0]["loss"] == pytest.approx(sum(losses).item() / 100, rel=1e-4)
 
 
 def test_the_pull_holds_the_head_at_its_start(tmp_path):
     def moved(pull):
-        return run(tmp_path / str(pull), schedule(pull=pull, weight_decay=0.0), LinearHead)[1].moved().item()
+        head = run(tmp_path / str(pull), schedule(pull=pull, weight_decay=0.0), LinearHead)[1]
+        return (head.fc.weight - REGRESSION.weight).norm().item()
 
     assert moved(100.0) < moved(1.0) < moved(0.0)
-    head = LinearHead(REGRESSION, 0.0, 0)
-    assert head.moved().item() == 0
+    head = PaperHead(REGRESSION, 0.0, 0)
+    weight, gradient = head.fc1.fc.weight, torch.ones(6, 12)
     with torch.no_grad():
-        head.fc.weight[0, :2] += torch.tensor([3.0, 4.0])
-    assert head.moved().item() == pytest.approx(25, rel=1e-5)
+        weight[0, :2] += torch.tensor([3.0, 4.0])
+    weight.grad = gradient.clone()
+    head.pull(0.5)
+    gradient[0, :2] += torch.tensor([1.5, 2.0])
+    assert torch.allclose(weight.grad, gradient, atol=1e-6)
 
 
 def test_validation_rows_are_whole_groups_and_at_most_a_fifth():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeVar
@@ -60,6 +61,18 @@ def half_precision(device: str) -> torch.dtype:
 def autocast(device: str, dtype: torch.dtype | None = None) -> torch.autocast:
     """Mixed precision on CUDA, in `dtype` or `half_precision`; elsewhere none: CPUs run small towers faster in fp32."""
     return torch.autocast("cuda", dtype or half_precision(device), enabled=on_cuda(device))
+
+
+@contextmanager
+def half_products(device: str | torch.device) -> Iterator[None]:
+    """In the block, a CPU that `has_bfloat16` multiplies float32 matrices in it; sums and results stay float32."""
+    before = torch.get_float32_matmul_precision()
+    if torch.device(device).type == "cpu" and has_bfloat16(device):
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:

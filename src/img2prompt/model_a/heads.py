@@ -58,28 +58,31 @@ class LinearHead(nn.Module):
         self.wide = Wide(features, hidden, outputs) if hidden else None
         # Of use in training only, so in no file.
         self.register_buffer("start", start.weight.clone(), persistent=False)
-        # The parts side by side: one product serves rows of all of them.
-        weights = torch.cat([other.weight - start.weight for other in others], dim=1) if others else None
+        weights = torch.stack([other.weight - start.weight for other in others]) if others else None
         biases = torch.stack([other.bias - start.bias for other in others]) if others else None
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("biases", biases, persistent=False)
 
-    def forward(self, features: Tensor, parts: Tensor | None = None) -> Tensor:
-        """V (n, d) -> (n, t), not normalised; with parts (n,) int64 a row starts from the regression without its part.
+    def forward(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """V (n, d) -> (n, t), not normalised; with sizes a row starts from the regression without its part.
 
-        What is learned, the difference from the start, is the same for all rows.
+        Rows of a part follow one another, in the order of the parts: `sizes` says how many there are of each. What is
+        learned, the difference from the start, is the same for all rows.
         """
         x = self.dropout((features - self.mean) / self.std)
         found = self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
-        if parts is not None:
-            of_part = functional.one_hot(parts, len(self.biases)).to(x.dtype)
-            own = (of_part[:, :, None] * x[:, None]).flatten(1)
-            found = found + functional.linear(own, self.weights) + self.biases[parts]
+        if sizes is not None:
+            parts = zip(x.split(sizes), self.weights, self.biases, strict=True)
+            found = found + torch.cat([functional.linear(*of_part) for of_part in parts])
         return found
 
-    def moved(self) -> Tensor:
-        """The squared distance of the weights from the regression's."""
-        return (self.fc.weight - self.start).square().sum()
+    @torch.no_grad()
+    def pull(self, strength: float) -> None:
+        """Add to the gradient that of half the squared distance of the weights from the regression's, times strength.
+
+        By hand: autograd takes as long as for a whole layer.
+        """
+        self.fc.weight.grad.add_(self.fc.weight - self.start, alpha=strength)
 
 
 class PaperHead(nn.Module):
@@ -103,15 +106,15 @@ class PaperHead(nn.Module):
         for norm in (self.norm1, self.norm2):
             nn.init.constant_(norm.weight, 1 / math.sqrt(width))  # outputs of norm about 1, like the targets
 
-    def forward(self, features: Tensor, parts: Tensor | None = None) -> Tensor:
-        """V (n, d) -> (n, t), not normalised; parts as in LinearHead."""
-        n1 = self.norm1(self.fc1(features, parts))
+    def forward(self, features: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """V (n, d) -> (n, t), not normalised; sizes as in LinearHead."""
+        n1 = self.norm1(self.fc1(features, sizes))
         n2 = self.norm2(self.fc2(n1))
         return self.w * n1 + (1 - self.w) * n2
 
-    def moved(self) -> Tensor:
+    def pull(self, strength: float) -> None:
         """As LinearHead's, of FC1."""
-        return self.fc1.moved()
+        self.fc1.pull(strength)
 
 
 HEADS: dict[str, type[LinearHead] | type[PaperHead]] = {"linear": LinearHead, "model_a": PaperHead}

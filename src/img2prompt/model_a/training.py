@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from img2prompt.clip.towers import checkpointed, groups
 from img2prompt.core.blocks import Stack, blocks
-from img2prompt.core.device import autocast, half_precision, on_cuda, onto
+from img2prompt.core.device import autocast, half_precision, half_products, on_cuda, onto
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import whole
 from img2prompt.model_a.heads import HEADS, LinearHead, PaperHead
@@ -175,10 +175,10 @@ def _repeatable(
     if on_cuda(validation.device):
         torch.use_deterministic_algorithms(True)
         x = next(iter(validation.inputs.batches([validation.rows[:2]], None)))
-        of_part = None if parts is None else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        sizes = None if parts is None else [len(x), *[0] * parts.max()]
         try:
             with autocast(validation.device):
-                head(tower(x), of_part).sum().backward()
+                head(tower(x), sizes).sum().backward()
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
@@ -191,6 +191,11 @@ def _repeatable(
     finally:
         if on_cuda(validation.device):
             torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _sizes(parts: np.ndarray, rows: np.ndarray) -> list[int]:
+    """Of each part, how many of the rows it has."""
+    return np.bincount(parts[rows], minlength=parts.max() + 1).tolist()
 
 
 class _Run:
@@ -215,7 +220,7 @@ class _Run:
         share = schedule.ema * self.steps
         self.average = ModelEmaV3(self.model, 1 - 1 / max(1.0, share)) if schedule.ema else None
         self.used = self.average.module if self.average else self.model
-        self.optimiser = torch.optim.AdamW(parameter_groups(tower, head, schedule))
+        self.optimiser = torch.optim.AdamW(parameter_groups(tower, head, schedule), fused=True)
         self.trained = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         self.history: list[dict[str, float]] = []
         self.best, self.best_weights = Choice(0, 0.0, Gain(0.0, 0.0)), start
@@ -242,8 +247,6 @@ class _Run:
             rng = np.random.default_rng([*schedule.seed, epoch])
             torch.manual_seed(int(rng.integers(2**63)))  # dropout
             order = rng.permutation(rows)
-            copy = rng.integers(len(targets), size=len(order))
-            seen = order if draw is None else draw(order, epoch)
             micro = [
                 (step, slice(start, min(start + schedule.batch_size, len(order))))
                 for step in range(self.steps_per_epoch)
@@ -252,22 +255,25 @@ class _Run:
                 )
             ]
             last = {step: number for number, (step, _) in enumerate(micro)}
+            if parts is not None:  # rows of a part side by side, as the head wants them
+                for _, batch in micro:
+                    order[batch] = order[batch][np.argsort(parts[order[batch]], kind="stable")]
+            copy = rng.integers(len(targets), size=len(order))
+            seen = order if draw is None else draw(order, epoch)
             losses: list[Tensor] = []
             self._train()
             batches = inputs.batches([seen[batch] for _, batch in micro], epoch)
             wanted = onto((torch.from_numpy(targets[copy[batch], seen[batch]]) for _, batch in micro), self.device)
-            of_part = None if parts is None else torch.from_numpy(parts[order]).to(self.device)
             for number, ((step, batch), x, target) in enumerate(zip(micro, batches, wanted, strict=True)):
-                with autocast(self.device):
-                    x = checkpointed(self.tower, x) if schedule.grad_checkpointing else self.tower(x)
-                    predicted = self.head(x, None if of_part is None else of_part[batch])
-                loss = cosine_loss(predicted, target, schedule.mse)
-                losses.append(loss.detach())
-                # The last step of an epoch may be smaller: every row weighs the same within its step.
-                loss = loss / min(self.per_step, len(order) - step * self.per_step)
-                if number == last[step] and schedule.pull:
-                    loss = loss + schedule.pull * self.head.moved() / 2
-                self.scaler.scale(loss).backward()
+                with half_products(self.device):
+                    with autocast(self.device):
+                        x = checkpointed(self.tower, x) if schedule.grad_checkpointing else self.tower(x)
+                        predicted = self.head(x, None if parts is None else _sizes(parts, order[batch]))
+                    loss = cosine_loss(predicted, target, schedule.mse)
+                    losses.append(loss.detach())
+                    # The last step of an epoch may be smaller: every row weighs the same within its step.
+                    loss = loss / min(self.per_step, len(order) - step * self.per_step)
+                    self.scaler.scale(loss).backward()
                 if number < last[step]:
                     continue
                 done = epoch * self.steps_per_epoch + step + 1
@@ -295,6 +301,8 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * self.schedule.factor(step, self.steps) * LOWER ** self.lowered[group["of"]]
         self.scaler.unscale_(self.optimiser)
+        if self.schedule.pull:
+            self.head.pull(self.schedule.pull)
         nn.utils.clip_grad_norm_(self.trained, self.schedule.clip_grad)
         self.scaler.step(self.optimiser)
         self.scaler.update()
