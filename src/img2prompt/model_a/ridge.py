@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from img2prompt.core.blocks import Stack, blocks
 from img2prompt.model_a.validation import draw_groups
 
 CHOOSING = 20_000  # rows, at most, that choose a strength: 29 of them on a million rows would take an hour
+TOGETHER = 512  # rows whose groups are left out at once: as many as the processor's caches hold
 Rows = np.ndarray | Stack | Tensor
 
 
@@ -93,7 +93,11 @@ class _Sums:
 
     @classmethod
     def of(cls, x: Tensor, targets: Tensor) -> _Sums:
-        return cls(len(x), x.sum(0), targets.sum(0), x.T @ x, x.T @ targets)
+        gram = x.new_empty(x.shape[1], x.shape[1])
+        for part in blocks(len(gram), 256):  # it is symmetric: a third of the work or more is saved
+            product = x[:, part].T @ x[:, part.start :]
+            gram[part, part.start :], gram[part.start :, part] = product, product.T
+        return cls(len(x), x.sum(0), targets.sum(0), gram, x.T @ targets)
 
     @classmethod
     def by_blocks(cls, x: _Standardised, targets: Rows) -> _Sums:
@@ -139,24 +143,26 @@ def _scale(features: Rows) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Rows in the order of the sizes of their groups. order (n,) int64; shapes: of every size g the number m of groups.
+    """Rows in the order of the sizes of their groups. order (n,) int64; shapes: m groups of a size g, and so on.
 
-    Rows of a group are next to each other, so those of all groups of one size are a view (m, g, ...).
+    Rows of a group are next to each other, so those of m groups of one size are a view (m, g, ...).
     """
 
     order: np.ndarray
-    shapes: list[tuple[int, int]]  # m, g
+    shapes: list[tuple[int, int]]  # m, g: of at most TOGETHER rows, or one group
 
     @classmethod
     def of(cls, groups: np.ndarray) -> _Sizes:
         _, own, sizes = np.unique(groups, return_inverse=True, return_counts=True)
         if len(sizes) == 1:  # without its group nothing would be left to predict a row from
             own, sizes = np.arange(len(groups)), np.ones(len(groups), dtype=np.int64)
-        sides, counts = np.unique(sizes, return_counts=True)
-        return cls(np.lexsort((own, sizes[own])), list(zip(counts.tolist(), sides.tolist(), strict=True)))
+        shapes = []
+        for g, count in zip(*(found.tolist() for found in np.unique(sizes, return_counts=True)), strict=True):
+            shapes += [(part.stop - part.start, g) for part in blocks(count, max(1, TOGETHER // g))]
+        return cls(np.lexsort((own, sizes[own])), shapes)
 
     def views(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Of tensors (n, c) in this order, for every size, their views (m, g, c)."""
+        """Of tensors (n, c) in this order, for every shape, their views (m, g, c)."""
         start = 0
         for m, g in self.shapes:
             yield tuple(x[start : start + m * g].view(m, g, -1) for x in rows)
@@ -206,14 +212,15 @@ class _Spectrum:
         # Rows in the eigenbasis: the fit at strength s is basis @ diag(shrink(s)) @ basis.T @ outputs.
         self.basis = _Basis((x @ vectors) / values.clamp(min=1e-9).sqrt(), sizes, len(x))
 
-    def left_out(self, outputs: Tensor, strengths: Sequence[float]) -> Iterator[Tensor]:
-        """For each strength, outputs (n, o) of mean 0 minus each row's prediction without the rows of its group."""
-        projected = self.basis.rows.T @ outputs
-        for strength in strengths:
-            shrink = self.values / (self.values + strength)
-            residual = torch.addmm(outputs, self.basis.rows, shrink[:, None] * projected, alpha=-1)
-            self.basis.leave_out(residual, shrink)
-            yield residual
+    def left_out(self, outputs: Tensor, projected: Tensor, strength: float) -> Tensor:
+        """Outputs (n, o) of mean 0 minus each row's prediction without the rows of its group.
+
+        projected (p, o): the basis' products with the outputs.
+        """
+        shrink = self.values / (self.values + strength)
+        residual = torch.addmm(outputs, self.basis.rows, shrink[:, None] * projected, alpha=-1)
+        self.basis.leave_out(residual, shrink)
+        return residual
 
 
 class _Texts:
@@ -254,11 +261,12 @@ def _chosen(groups: np.ndarray) -> np.ndarray:
 
 
 def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior: TextPrior | None = None) -> Ridge:
-    """Fit every strength from one eigendecomposition; return the best by leave-one-group-out, also in closed form.
+    """Fit strengths from one eigendecomposition; return the best by leave-one-group-out, also in closed form.
 
     Features are standardised to mean 0 and standard deviation 1 first, so that a strength penalises them alike. The
     strengths go from hardly any penalty to one that leaves the mean target alone, each about 1.8 times the last, so
-    that the best one is inside. Of more than CHOOSING rows so many choose, in whole groups: a strength is the ratio of
+    that the best one is inside: every fourth is tried, and towards the best of these in halves, for between them the
+    score has one peak. Of more than CHOOSING rows so many choose, in whole groups: a strength is the ratio of
     noise to signal, which more rows do not change. The fit is to all rows, which are read by blocks.
 
     With a prior, weights shrink towards a share of another ridge regression in place of towards zero: the one from
@@ -291,11 +299,14 @@ def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior
         project, turned = project / spread, turned / spread
         outputs = torch.cat([outputs, some @ turned], dim=1)
 
-    best = (-math.inf, 0.0, 0.0)
     strengths = (len(some) * 10 ** torch.linspace(-3, 4, 29)).tolist()
-    for strength, left_out in zip(strengths, _Spectrum(some, gram, sizes).left_out(outputs, strengths), strict=True):
+    spectrum = _Spectrum(some, gram, sizes)
+    projected = spectrum.basis.rows.T @ outputs
+
+    def judged(place: int) -> tuple[float, float, float]:
+        left_out = spectrum.left_out(outputs, projected, strengths[place])
         predicted = t - left_out[:, : t.shape[1]]
-        scores = functional.cosine_similarity(predicted, t).mean()[None]
+        scores = ((predicted * t).sum(1) / predicted.norm(dim=1).clamp(min=1e-8)).mean()[None]
         if prior:
             # Of a row's projected features, what the other rows do not explain: only this part of the prior stays.
             added = texts(left_out[:, t.shape[1] :].contiguous())
@@ -303,9 +314,14 @@ def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior
             norms = (aa[:, None] + 2 * shares * ab[:, None] + shares**2 * bb[:, None]).sqrt()
             dots = (predicted * t).sum(1)[:, None] + shares * (added * t).sum(1)[:, None]
             scores = (dots / norms).mean(0)
-        place = int(scores.argmax())
-        best = max(best, (scores[place].item(), strength, shares[place].item()))
-    score, strength, share = best
+        best = int(scores.argmax())
+        return scores[best].item(), strengths[place], shares[best].item()
+
+    tried = {place: judged(place) for place in range(0, len(strengths), 4)}
+    for step in (2, 1):
+        best = max(tried, key=tried.get)
+        tried |= {place: judged(place) for place in (best - step, best + step) if 0 <= place < len(strengths)}
+    score, strength, share = max(tried.values())
     towards = share * (project @ texts.translate).T if prior else None
     weight, bias = sums.fit(x, strength, towards)
     towards = None if towards is None else towards.float()
