@@ -182,6 +182,8 @@ def test_ridge_strength_is_the_best_by_leaving_each_group_out(n, size, extra):
     assert found.score == pytest.approx(left_out(found.strength, found.share), abs=1e-5)
     for strength, share in ((10, 1), (0.1, 1), (1, 0.5)):
         assert found.score >= left_out(found.strength * strength, found.share * share) - 1e-3
+    for step in (-0.25, 0.25):  # the next of the strengths, of which not all are tried
+        assert found.score >= left_out(found.strength * 10**step, found.share) - 1e-5
     # The weights are those of both regressions fitted to all rows.
     prior = found.share * z @ text.weight.numpy().T
     fit = Reference(alpha=found.strength).fit(standard, y[:n] - prior)
@@ -677,6 +679,17 @@ def test_the_pull_holds_the_head_at_its_start(tmp_path):
     head.pull(0.5)
     gradient[0, :2] += torch.tensor([1.5, 2.0])
     assert torch.allclose(weight.grad, gradient, atol=1e-6)
+
+
+def test_dropout_is_torchs_in_training_alone():
+    head = LinearHead(Ridge(torch.zeros(6), torch.ones(6), torch.eye(6), torch.zeros(6), 0.0, 0.0, 0.0), 0.2, 0)
+    x = torch.ones(4000, 6)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = head(x)
+        assert set(found.flatten().tolist()) == {0.0, 1.25}
+        assert found.mean(0).numpy() == pytest.approx(np.ones(6), abs=0.05)
+        assert torch.equal(head.eval()(x), x)
 
 
 def test_validation_rows_are_whole_groups_and_at_most_a_fifth():
