@@ -73,7 +73,7 @@ def test_a_processor_says_itself_whether_it_has_bfloat16(flags, has, monkeypatch
 
 
 @pytest.mark.parametrize(("flags", "precision"), [({"avx2": True}, "highest"), ({"amx_bf16": True}, "medium")])
-def test_products_are_in_half_precision_in_the_block_alone_and_where_there_is_one(flags, precision, monkeypatch):
+def test_half_precision_is_for_the_block_alone_and_for_processors_that_have_it(flags, precision, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     with pytest.raises(KeyError), half_products("cpu"):
         assert torch.get_float32_matmul_precision() == precision
