@@ -69,9 +69,10 @@ class LinearHead(nn.Module):
         Rows of a part follow one another, in the order of the parts: `sizes` says how many there are of each. What is
         learned, the difference from the start, is the same for all rows.
         """
-        x = (features - self.mean) / self.std
-        if self.training and self.dropout:  # as torch's own, which takes a CPU three times as long to draw
-            x = x * (torch.rand_like(x) >= self.dropout) / (1 - self.dropout)
+        dropout = self.dropout if self.training else 0.0
+        x = (features - self.mean).div_(self.std * (1 - dropout))
+        if dropout:  # torch's own takes a CPU three times as long to draw
+            x = x.mul_(torch.rand_like(x) >= dropout)
         found = self.fc(x) if self.wide is None else self.fc(x) + self.wide(x)
         if sizes is not None:
             parts = zip(x.split(sizes), self.weights, self.biases, strict=True)
