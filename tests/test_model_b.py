@@ -37,35 +37,71 @@ def brute_force(queries, keys, k):
 
 
 @contextmanager
-def small_blocks():
-    """Blocks so small that a few rows cross every seam."""
+def small_blocks(half=False):
+    """Blocks so small that a few rows cross every seam, of keys that are not held; products in bfloat16 or float32."""
+    sizes = {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "SWEEP": 2, "GATHERED": 500, "SLACK": 2, "HELD": 0}
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "SWEEP": 2, "GATHERED": 500, "SLACK": 2}.items():
+        for name, size in sizes.items():
             patch.setattr(neighbours, name, size)
+        patch.setattr(neighbours, "has_bfloat16", lambda device: half)
         yield
 
 
+@pytest.mark.parametrize("half", [False, True])
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 90), st.integers(2, 20), st.data())
-def test_nearest_is_brute_force(n, m, dim, data):
+@given(st.integers(1, 30), st.integers(1, 90), st.integers(2, 20), st.floats(0, 3), st.data())
+def test_nearest_is_brute_force(half, n, m, dim, shared, data):
     k = data.draw(st.integers(1, m))
-    queries, keys = directions(n, dim, 1), directions(m, dim, 2)
+    queries, keys = directions(n, dim, 1) + shared, directions(m, dim, 2) + shared
     index, distance = brute_force(queries, keys, k)
-    with small_blocks():
+    with small_blocks(half):
         found = nearest(queries, keys, k)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_allclose(found.distance, distance, rtol=1e-7)
     assert (found.index.dtype, found.distance.dtype) == (np.int32, np.float32)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("apart", [0, 1e-7, 1e-5, 1e-3])
 @pytest.mark.parametrize("k", [1, 5, 60, 100])
-def test_equal_keys_are_ordered_by_index(k):
-    # 100 keys of 4 directions: every distance is shared by some 25 keys, far more than the slack.
-    of = np.random.default_rng(0).integers(4, size=100)
-    keys, queries = directions(4, 8, 3)[of], directions(20, 8, 4)
-    with small_blocks():
+def test_equal_and_nearly_equal_keys(k, apart, half):
+    # 100 keys of 4 directions: every distance is shared by some 25 keys, far more than the slack. Apart by less than
+    # a product can tell, or equal, in which case the index decides.
+    rng = np.random.default_rng(0)
+    keys, queries = directions(4, 64, 3)[rng.integers(4, size=100)], directions(20, 64, 4)
+    keys = (keys + apart * rng.normal(size=keys.shape) * rng.integers(2, size=(100, 1))).astype(np.float32)
+    index, distance = brute_force(queries, keys, k)
+    with small_blocks(half):
         found = nearest(queries, keys, k)
-    np.testing.assert_array_equal(found.index, brute_force(queries, keys, k)[0])
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_allclose(found.distance, distance, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("half", "wider"), [(False, 1e-5), (True, 0.03)])
+def test_a_shortlist_leaves_out_no_key_that_might_be_nearer(half, wider):
+    queries, keys = (unit(directions(n, 64, n) + 0.1).astype(np.float32) for n in (20, 500))
+    exact = queries.astype(np.float64) @ keys.T.astype(np.float64)
+    with small_blocks(half):
+        rows, bank = torch.from_numpy(queries), neighbours.UnitRows(keys, "cpu")
+        lists = [*neighbours._shortlists(rows, bank, 40, half, torch.empty(10_000))]
+    assert np.concatenate([np.arange(20)[rows] for rows, _, _ in lists]).tolist() == [*range(20)]
+    highest, listed = (np.concatenate(parts) for parts in list(zip(*lists, strict=True))[1:])
+    of_listed = np.take_along_axis(exact, listed, axis=1)
+    assert ((of_listed <= highest) & (highest <= of_listed + wider)).all()
+    np.put_along_axis(exact, listed, -1, axis=1)
+    assert (exact.max(axis=1) <= highest[:, -1]).all()
+
+
+def test_both_precisions_find_the_same_bytes():
+    queries, keys = directions(2100, 96, 20), directions(5000, 96, 21)
+    keys[4000:] = keys[:1000]
+    found = []
+    for half in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(neighbours, "has_bfloat16", lambda device: half)  # noqa: B023
+            found.append(nearest(queries, keys, 30))
+    np.testing.assert_array_equal(found[0].index, found[1].index)
+    np.testing.assert_array_equal(found[0].distance, found[1].distance)
 
 
 def test_a_query_among_the_keys_is_at_distance_zero():
@@ -155,6 +191,9 @@ def test_the_grid_s_scores_are_those_of_regress():
         for j, distance_dim in enumerate(dims):
             direct = cosine(regress(neighbours, targets, k, distance_dim, 1e-12, 2.0), own)
             np.testing.assert_allclose(scores[:, i, j], direct, atol=1e-6)
+    some = np.array([3, 4, 17])
+    again = grid_scores(neighbours, targets, own, ks, dims, 1e-12, 2.0, rows=some)
+    np.testing.assert_allclose(again, scores[some], atol=1e-6)
 
 
 N, M = 240, 20

@@ -124,13 +124,13 @@ def fit(
     settings: dict[int | None, dict[str, Setting]] = {held_out: {} for held_out in judges}
     for kind in kinds:
         found = _out_of_fold(queries, Stack(stacks[kind]), fold, usable[kind], ks[-1], device)
-        scores = grid_scores(found, every, targets, ks, dims, eps, coef, device)
+        scores = grid_scores(found, every, targets, ks, dims, eps, coef, device, np.flatnonzero(scored))
         for held_out, mask in judges.items():
-            mean = scores.mean(axis=0, dtype=np.float64, where=mask[:, None, None])
+            mean = scores.mean(axis=0, dtype=np.float64, where=mask[scored, None, None])
             best_k, best_dim = np.unravel_index(mean.argmax(), mean.shape)
             settings[held_out][kind] = Setting(ks[best_k], dims[best_dim])
         table += [
-            (kind, size, power, scores[scored, i, j].mean(dtype=np.float64))
+            (kind, size, power, scores[:, i, j].mean(dtype=np.float64))
             for i, size in enumerate(ks)
             for j, power in enumerate(dims)
         ]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from img2prompt.core.blocks import Stack, blocks
-from img2prompt.core.device import tile
+from img2prompt.core.device import has_bfloat16, tile
 from img2prompt.core.metric import norms
 from img2prompt.core.progress import progress
 
-QUERY_BLOCK, KEY_BLOCK = 1024, 32_768  # on the CPU, a tile of similarities: 128 MB
+QUERY_BLOCK, KEY_BLOCK = 1024, 32_768  # on the CPU, a tile of similarities: 128 MB, of twice the keys in bfloat16
 SWEEP = 16  # blocks of queries that one reading of the keys serves
-GATHERED = 2**20  # floats of neighbours' rows gathered at once: few enough for the CPU's cache
-SLACK = 16  # keys beyond k in the shortlist of the float32 search, from which float64 distances choose
+GATHERED = 2**18  # floats of neighbours' rows gathered at once: few enough for the CPU's cache
+ALIGNED = 32  # columns of a tile that its rows are a multiple of, for the matrix product's sake
+HELD = 2**27  # floats of scaled rows that are held in the CPU's memory: 512 MB
+SLACK = 16  # keys beyond k in a shortlist, from which float64 distances choose; of bfloat16 products half of k more
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,13 @@ def nearest(
     distance = np.empty((len(queries), k), dtype=np.float32)
     height, width = tile(device, (QUERY_BLOCK, KEY_BLOCK))
     # Allocated once: fresh pages for every tile cost a quarter of the matrix product.
-    size = min(len(keys), width)
-    similarity = torch.empty(min(len(queries), height) * (size + int(size**0.5)), device=device)
+    columns = min(len(keys), width) + ALIGNED * int(len(keys) ** 0.5)
+    similarity = torch.empty(min(len(queries), height) * columns, device=device)
+    # GPUs may round sums of bfloat16 products on the way, by no known bound.
+    fast = torch.device(device).type == "cpu" and has_bfloat16(device)
     for rows in progress([*blocks(len(queries), SWEEP * height)], "nearest neighbours"):
-        index[rows], distance[rows] = _nearest(query_rows[rows].to(device), key_rows, k, SLACK, similarity)
+        half = fast and rows.stop - rows.start >= height  # of fewer the rounding of the keys costs more than it saves
+        index[rows], distance[rows] = _nearest(query_rows[rows].to(device), key_rows, k, SLACK, half, similarity)
     return Neighbours(index, distance)
 
 
@@ -66,24 +73,27 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 
 class UnitRows:
-    """Rows (n, d) at norm 1, float32 tensors: scaled as they are read on the CPU, held by other devices."""
+    """Rows (n, d) at norm 1, float32 tensors: held, unless the CPU has too many, which are scaled as they are read."""
 
     def __init__(self, rows: np.ndarray | Stack, device: str) -> None:
         self._rows, self._held = rows if isinstance(rows, Stack) else Stack([rows]), None
         self.shape = rows.shape
         parts = [norms(self._rows[part], part.start) for part in blocks(len(rows))]
         self._norms = np.concatenate([np.empty(0), *parts]).astype(rows.dtype)
-        if torch.device(device).type != "cpu":
-            self._held = torch.cat([self[part].to(device) for part in blocks(len(rows))])
+        if torch.device(device).type != "cpu" or rows.shape[0] * rows.shape[1] <= HELD:
+            held = torch.empty(self.shape, device=device)
+            for part in blocks(len(rows)):
+                held[part] = self[part]
+            self._held = held
 
     def __len__(self) -> int:
         """n."""
         return len(self._rows)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Rows as a tensor of their own, (..., d)."""
+        """Rows as a tensor (..., d) that is not to be written to."""
         if self._held is not None:
-            return self._held[rows]
+            return self._held[rows] if isinstance(rows, slice) else F.embedding(rows, self._held)
         rows = rows if isinstance(rows, slice) else rows.numpy()
         found = self._rows[rows]  # a copy
         found /= self._norms[rows][..., None]
@@ -91,76 +101,153 @@ class UnitRows:
 
 
 def _nearest(
-    queries: torch.Tensor, keys: UnitRows, k: int, slack: int, similarity: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shortlist k + slack keys by one matrix product, then decide on their accurate distances; both on the CPU."""
-    size = min(k + slack, len(keys))
-    products, index = _most_similar(queries, keys, size, similarity)
-    index = index.sort(dim=1).values  # so that the stable sort below leaves ties in the order of the bank
-    distance, order = _distances(queries, keys, index).cpu().sort(dim=1, stable=True)
-    index, distance = index.cpu().gather(1, order[:, :k]), distance[:, :k].float()
-    if size < len(keys):
-        # The product of unit rows is off by at most d * 2**-24, their norms by a little. Where the last of
-        # the shortlist is not clearly farther than the k-th neighbour (many equal images), a key left out
-        # might belong in: search with a longer list.
-        error = (queries.shape[1] + 8) * 2.0**-24
-        doubtful = (products[:, k - 1] - products[:, -1] <= 2 * error).nonzero().flatten()
-        if len(doubtful):
-            rows = doubtful.cpu()
-            index[rows], distance[rows] = _nearest(queries[doubtful], keys, k, 4 * slack, similarity)
+    queries: torch.Tensor, keys: UnitRows, k: int, slack: int, half: bool, similarity: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shortlist keys by one matrix product, then decide on their accurate distances: rows and distances, (n, k)."""
+    size = min(k + slack + half * k // 2, len(keys))
+    index, distance = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), np.float32)
+    doubtful = np.zeros(len(queries), dtype=bool)
+    for rows, highest, listed in _shortlists(queries, keys, size, half, similarity):
+        index[rows], distance[rows], doubtful[rows] = _closest(queries[rows], keys, highest, listed, k)
+    if size < len(keys) and doubtful.any():
+        # What the last of the list may be, a key left out may be as well (many equal images): a longer list.
+        again = queries[torch.from_numpy(doubtful).to(queries.device)]
+        slack = SLACK if half else 4 * slack
+        index[doubtful], distance[doubtful] = _nearest(again, keys, k, slack, False, similarity)
     return index, distance
 
 
-def _most_similar(
-    queries: torch.Tensor, keys: UnitRows, size: int, similarity: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `size` largest dot products (n, size) of each query with the keys, descending, and their rows, int32."""
-    height, width = tile(queries.device, (QUERY_BLOCK, KEY_BLOCK))
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for columns in blocks(len(keys), width):
-        block = keys[columns]
-        for number, rows in enumerate(blocks(len(queries), height)):
-            values, index = _topk(queries[rows], block, min(size, len(block)), similarity)
-            index = (index + columns.start).int()
-            if columns.start == 0:
-                found.append((values, index))
-                continue
-            values, index = (torch.cat(both, dim=1) for both in zip(found[number], (values, index), strict=True))
-            values, order = values.topk(min(size, values.shape[1]), dim=1)
-            found[number] = values, index.gather(1, order)
-    values, index = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return values, index
+def _shortlists(
+    queries: torch.Tensor, keys: UnitRows, size: int, half: bool, similarity: torch.Tensor
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """The keys with the `size` largest products with each query, for one block of queries after the other.
 
+    Yields the block, the most that the exact products may be (n, size) in descending order, and the keys' rows
+    (n, size) int32. The product of a key that is left out is no more than the last.
 
-def _topk(
-    queries: torch.Tensor, keys: torch.Tensor, size: int, tile: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(queries @ keys.T).topk(size)` with the product in tile, and a faster search of its long rows.
-
-    The columns are split into groups of g: column c to group c % groups. The `size` largest values lie in the
-    `size` groups with the largest maxima, so two short searches replace the long one: over m/g maxima and
-    over size*g values.
+    In bfloat16 (half) the keys' mean is taken from them, which changes all of a query's products alike and leaves less
+    to round. What rounding the factors did is measured: half of what it may do at most.
     """
-    g = max(1, int((len(keys) / size) ** 0.5))
-    groups = -(-len(keys) // g)
-    similarity = tile[: len(queries) * g * groups].view(len(queries), g * groups)
+    height, width = tile(queries.device, (QUERY_BLOCK, KEY_BLOCK))
+    parts = [*blocks(len(queries), height)]
+    found: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(parts)
+    rounded, off, centre = queries, queries.new_zeros(len(queries)), queries.new_zeros(queries.shape[1])
+    longest, farthest = 0.0, 0.0
+    if half:
+        rounded, off, _ = _rounded(queries, centre)
+        centre = keys[: min(len(keys), width)].mean(dim=0)
+    for columns in blocks(len(keys), (1 + half) * width):
+        block = keys[columns]
+        if half:
+            block, away, length = _rounded(block, centre)
+            longest, farthest = max(longest, float((length + away).max())), max(farthest, float(away.max()))
+        for number, rows in enumerate(parts):
+            found[number] = _extended(found[number], rounded[rows], block, columns.start, size, similarity)
+    # Sums of d products and the rows' norms are float32; then what was rounded in the query, and in the keys.
+    error = (queries.shape[1] + 8) * 2.0**-24 * (1 + longest) + off * longest + farthest
+    error = (double(queries) @ double(centre)).cpu().numpy() + error.cpu().numpy()
+    for number, rows in enumerate(parts):
+        products, index = (x.cpu().numpy() for x in found[number])
+        found[number] = None
+        highest = products + half * 2.0**-8 * np.abs(products) + error[rows, None]  # bfloat16 rounds products as well
+        order = np.argsort(-highest, axis=1)
+        yield rows, np.take_along_axis(highest, order, axis=1), np.take_along_axis(index, order, axis=1)
+
+
+def _rounded(rows: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows (n, d) less the centre (d,), in bfloat16; how far each is from what it was (n,), and its length (n,)."""
+    rounded, off, lengths = torch.empty(rows.shape, dtype=torch.bfloat16), *torch.empty(2, len(rows))
+    for part in blocks(len(rows), 512):  # few enough for the CPU's cache
+        exact = rows[part] - centre
+        rounded[part] = exact
+        off[part], lengths[part] = (exact - rounded[part]).norm(dim=1), exact.norm(dim=1)
+    return rounded, off, lengths
+
+
+def _extended(
+    found: tuple[torch.Tensor, torch.Tensor] | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    first: int,
+    size: int,
+    tile: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `size` largest of the products found (n, <= size) and those with more keys, the first of them row `first`.
+
+    The columns of the product are split into groups of g: column c to group c % groups. The `size` largest values lie
+    in the `size` groups with the largest maxima, so two short searches replace the long one: over m/g maxima and over
+    size*g values. What is already found leaves fewer groups to look into, so of later keys g is larger.
+    """
+    g = max(1, int(((first + len(keys)) / size) ** 0.5))
+    groups = -(-len(keys) // (g * ALIGNED)) * ALIGNED
+    similarity = tile.view(queries.dtype)[: len(queries) * g * groups].view(len(queries), g * groups)
     torch.mm(queries, keys.T, out=similarity[:, : len(keys)])
     similarity[:, len(keys) :] = -torch.inf
-    top = similarity.view(-1, g, groups).amax(dim=1).topk(size, dim=1, sorted=False).indices
-    columns = (top[:, None] + groups * torch.arange(g, device=top.device)[:, None]).flatten(1)
-    values, order = similarity.gather(1, columns).topk(size, dim=1)
-    return values, columns.gather(1, order)
+    top, most = similarity.view(-1, g, groups).amax(dim=1).float(), min(size, groups)
+    if found is not None and found[0].shape[1] == size:
+        limit = found[0].amin(dim=1, keepdim=True)
+        most = min(most, int((top > limit).sum(dim=1, dtype=torch.int32).max()))
+        if not most:
+            return found
+    columns = _largest(top, most)
+    columns = (columns[:, None] + groups * torch.arange(g, device=top.device)[:, None]).flatten(1)
+    values, columns = _picked(similarity.gather(1, columns).float(), columns, min(size, len(keys), most * g))
+    index = (columns + first).int()
+    if found is None:
+        return values, index
+    values, index = (torch.cat(both, dim=1) for both in zip(found, (values, index), strict=True))
+    return _picked(values, index, min(size, values.shape[1]))
 
 
-def _distances(queries: torch.Tensor, keys: UnitRows, index: torch.Tensor) -> torch.Tensor:
-    """Distances (n, k), float64 by differences, of queries (n, d) from keys[index].
+def _picked(values: torch.Tensor, index: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `size` largest values of each row (n, c) and their index, in no order."""
+    columns = _largest(values, size)
+    return values.gather(1, columns), index.gather(1, columns)
+
+
+def _largest(values: torch.Tensor, size: int) -> torch.Tensor:
+    """The columns (n, size) of the largest values of each row (n, c), in no order."""
+    if values.device.type == "cpu":
+        # numpy's is vectorised: on one thread several times as fast as torch's.
+        return torch.from_numpy(np.argpartition(values.numpy(), -size, axis=1)[:, -size:])
+    return values.topk(size, dim=1, sorted=False).indices
+
+
+def _closest(
+    queries: torch.Tensor, keys: UnitRows, highest: np.ndarray, listed: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and float64 distances (n, k) of the k nearest keys of shortlists, and where a key left out might be one.
+
+    Those with the k highest products come first; of the rest, those that might be as near as the farthest of them.
+    """
+    distance = np.full(listed.shape, np.inf)
+    distance[:, :k] = _distances(queries, keys, listed[:, :k])
+    lowest = 1 - distance[:, :k].max(axis=1) ** 2 / 2  # the product at that distance
+    row, column = np.nonzero(highest[:, k:] >= lowest[:, None])
+    for part in blocks(len(row)):
+        some = row[part], column[part] + k
+        distance[some] = _distances(queries[torch.from_numpy(row[part])], keys, listed[some][:, None])[:, 0]
+    order = np.argsort(distance, axis=1)
+    nearest = np.take_along_axis(distance, order[:, : k + 1], axis=1)
+    tied = (nearest[:, 1:] == nearest[:, :-1]).any(axis=1)
+    order[tied] = np.lexsort((listed[tied], distance[tied]), axis=1)
+    index, distance = (np.take_along_axis(x, order[:, :k], axis=1) for x in (listed, distance))
+    return index, distance, highest[:, -1] >= lowest
+
+
+def _distances(queries: torch.Tensor, keys: UnitRows, index: np.ndarray) -> np.ndarray:
+    """Distances (n, c), float64 by differences, of queries (n, d) from keys[index].
 
     Equal keys get equal distances to the last bit, and those close to 0 keep their precision, unlike 2 - 2*dot.
     """
-    step = max(1, GATHERED // (index.shape[1] * keys.shape[1]))
-    gathered = double(queries.new_empty(step, index.shape[1], keys.shape[1]))  # reused: a fresh one page-faults
-    mode, found = "donot_use_mm_for_euclid_dist", []
-    for rows in blocks(len(queries), step):
-        own = gathered[: rows.stop - rows.start].copy_(keys[index[rows]])
-        found.append(torch.cdist(double(queries[rows, None]), own, compute_mode=mode)[:, 0])
-    return torch.cat(found)
+    found, d, mode = np.empty(index.shape), queries.shape[1], "donot_use_mm_for_euclid_dist"
+    step = max(1, GATHERED // (index.shape[1] * d))
+    width = max(1, GATHERED // (step * d))
+    gathered = double(queries.new_empty(step * width * d))  # reused: a fresh one page-faults
+    for rows in blocks(len(index), step):
+        own = double(queries[rows, None])
+        for columns in blocks(index.shape[1], width):
+            some = torch.from_numpy(index[rows, columns]).to(queries.device)
+            near = gathered[: some.numel() * d].view(*some.shape, d).copy_(keys[some])
+            found[rows, columns] = torch.cdist(own, near, compute_mode=mode)[:, 0].cpu()
+    return found

@@ -1,24 +1,29 @@
 """The weighted mean of the neighbours' targets (eq. 4-5)."""
 
+from itertools import pairwise
+from math import log
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from img2prompt.core.blocks import blocks
-from img2prompt.core.metric import unit
+from img2prompt.core.metric import norms, unit
 from img2prompt.core.progress import progress
-from img2prompt.model_b.neighbours import GATHERED, Neighbours, double, on_device
+from img2prompt.model_b.neighbours import Neighbours, double, on_device
+
+GATHERED = 6 * 2**20  # floats of neighbours' targets gathered at once: of fewer, starting products costs too much
 
 
 def _relative_weights(distance: torch.Tensor, distance_dim: torch.Tensor, eps: float, coef: float) -> torch.Tensor:
-    """Eq. 4 divided by the largest weight of each row: in (0, 1], whatever the power. (..., k) float64.
+    """Eq. 4 times a factor for each row that brings its largest weight to between 1/2 and 1. (..., k) float64.
 
     In logarithms, because d**64 of close neighbours is far below what even float64 can hold.
     """
-    log_power = torch.xlogy(distance_dim, distance.double())  # 0 for distance_dim 0, even where d is 0
-    log_eps = torch.tensor(eps, dtype=torch.float64, device=distance.device).log()
-    log_weight = np.log(coef) - torch.logaddexp(log_power, log_eps)
-    return (log_weight - log_weight.amax(dim=-1, keepdim=True)).exp()
+    log_distance = distance.double().log().clamp(min=torch.finfo(torch.float64).min)  # finite: 0**0 is 1
+    log_power, log_eps = (distance_dim * log_distance).sub_(log(coef)), log(eps) - log(coef)
+    largest = log_power.amin(dim=-1, keepdim=True).clamp(min=log_eps)
+    return log_power.sub_(largest).exp_().add_((log_eps - largest).exp()).reciprocal_()
 
 
 def weights(distance: np.ndarray, distance_dim: float, eps: float, coef: float) -> np.ndarray:
@@ -80,28 +85,34 @@ def grid_scores(
     eps: float,
     coef: float,
     device: str = "cpu",
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Cosine with own (n, 384) of what `regress` predicts for each k and distance_dim: (n, ks, dims) float32.
 
-    targets: (m, 384), as in `regress`; own: the rows' own targets; ks ascending. A row's neighbours are fetched once;
-    one small matrix product per step from k to the next k extends the weighted sums of all powers. Raises ValueError
-    as `weights` does, and where a row of own is all zeros or not finite.
+    targets: (m, 384), as in `regress`; own: the rows' own targets; ks ascending. rows: (r,) int, those to score; None:
+    all n. A row's neighbours are fetched once; one small matrix product per step from k to the next k extends the
+    weighted sums of all powers. Raises ValueError as `weights` does, and where a row of own is all zeros or not finite.
     """
     for distance_dim in distance_dims:
         _check_formula(distance_dim, eps, coef)
+    rows = np.arange(len(own)) if rows is None else rows
+    lengths = np.concatenate([norms(own[part], part.start) for part in blocks(len(own))])
     targets = on_device(targets, device)
     powers = double(torch.tensor(distance_dims, device=device))[:, None]
-    scores = np.empty((len(own), len(ks), len(distance_dims)), dtype=np.float32)
-    step = max(1, 4 * GATHERED // (ks[-1] * targets.shape[1]))
-    for start in progress(range(0, len(own), step), "search k and distance_dim"):
-        rows = slice(start, start + step)
-        index = torch.from_numpy(neighbours.index[rows, : ks[-1]]).to(device)
-        distance = double(torch.from_numpy(neighbours.distance[rows, : ks[-1]]).to(device))
-        own_rows = on_device(unit(own[rows], start), device)
-        gathered = targets[index]  # (step, k, 384)
+    scores = np.empty((len(rows), len(ks), len(distance_dims)), dtype=np.float32)
+    step = max(1, GATHERED // (ks[-1] * targets.shape[1]))
+    fetched = targets.new_empty(step * ks[-1], targets.shape[1])  # reused: a fresh one page-faults
+    for start in progress(range(0, len(rows), step), "search k and distance_dim"):
+        some = rows[start : start + step]
+        index = torch.from_numpy(neighbours.index[some, : ks[-1]]).to(device)
+        distance = double(torch.from_numpy(neighbours.distance[some, : ks[-1]]).to(device))
+        direction = on_device(own[some] / lengths[some, None], device)[..., None]  # (step, 384, 1)
+        gathered = torch.index_select(targets, 0, index.flatten(), out=fetched[: index.numel()])
+        gathered = gathered.view(*index.shape, -1)  # (step, k, 384)
         weight = _relative_weights(distance[:, None], powers, eps, coef).float().to(device)  # (step, dims, k)
         total = targets.new_zeros(len(index), len(distance_dims), targets.shape[1])
-        for column, (low, high) in enumerate(zip((0, *ks), ks, strict=False)):
+        for column, (low, high) in enumerate(pairwise((0, *ks))):
             total.baddbmm_(weight[:, :, low:high], gathered[:, low:high])
-            scores[rows, column] = F.cosine_similarity(total, own_rows[:, None], dim=2).cpu()
+            length = torch.linalg.vector_norm(total, dim=2).clamp(min=1e-8)  # of targets that cancel
+            scores[start : start + step, column] = ((total @ direction)[..., 0] / length).cpu()
     return scores
