@@ -92,6 +92,14 @@ def test_a_shortlist_leaves_out_no_key_that_might_be_nearer(half, wider):
     assert (exact.max(axis=1) <= highest[:, -1]).all()
 
 
+def test_a_shortlist_counts_the_rounding_of_its_products():
+    # Factors that bfloat16 holds, and a mean of 0: their products alone are rounded.
+    queries, keys = (torch.from_numpy(directions(n, 64, n)).bfloat16().float() for n in (20, 500))
+    keys = torch.stack([keys, -keys], dim=1).flatten(0, 1)
+    [(_, highest, listed)] = neighbours._shortlists(queries, keys, 40, True, torch.empty(100_000))
+    assert (np.take_along_axis((queries.double() @ keys.T.double()).numpy(), listed, axis=1) <= highest).all()
+
+
 def test_both_precisions_find_the_same_bytes():
     queries, keys = directions(2100, 96, 20), directions(5000, 96, 21)
     keys[4000:] = keys[:1000]
