@@ -39,7 +39,7 @@ def brute_force(queries, keys, k):
 @contextmanager
 def small_blocks(half=False):
     """Blocks so small that a few rows cross every seam, of keys that are not held; products in bfloat16 or float32."""
-    sizes = {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "SWEEP": 2, "GATHERED": 500, "SLACK": 2, "HELD": 0}
+    sizes = {"QUERY_BLOCK": 7, "KEY_BLOCK": 23, "SWEEP": 2, "GATHERED": 500, "SLACK": 2, "HELD": 0, "HALF": 0}
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
             patch.setattr(neighbours, name, size)

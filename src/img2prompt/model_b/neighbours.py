@@ -20,6 +20,7 @@ GATHERED = 2**18  # floats of neighbours' rows gathered at once: few enough for 
 ALIGNED = 32  # columns of a tile that its rows are a multiple of, for the matrix product's sake
 HELD = 2**27  # floats of scaled rows that are held in the CPU's memory: 512 MB
 SLACK = 16  # keys beyond k in a shortlist, from which float64 distances choose; of bfloat16 products half of k more
+HALF = 64  # keys for each of the k from which on bfloat16 saves more time than the longer shortlist costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def nearest(
     columns = min(len(keys), width) + ALIGNED * int(len(keys) ** 0.5)
     similarity = torch.empty(min(len(queries), height) * columns, device=device)
     # GPUs may round sums of bfloat16 products on the way, by no known bound.
-    fast = torch.device(device).type == "cpu" and has_bfloat16(device)
+    fast = torch.device(device).type == "cpu" and has_bfloat16(device) and len(keys) >= HALF * k
     for rows in progress([*blocks(len(queries), SWEEP * height)], "nearest neighbours"):
         half = fast and rows.stop - rows.start >= height  # of fewer the rounding of the keys costs more than it saves
         index[rows], distance[rows] = _nearest(query_rows[rows].to(device), key_rows, k, SLACK, half, similarity)
