@@ -5,22 +5,22 @@ Nothing here approximates: no top-k (a cluster larger than k would lose duplicat
 decision that it leaves open is taken in float64. The result is therefore the same on every device.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 
-from img2prompt.core.device import tile
+from img2prompt.core.blocks import blocks
+from img2prompt.core.device import has_bfloat16, tile
 from img2prompt.core.progress import progress
 
-BLOCK, TILE = 512, 4096  # on the CPU, rows decided in one step and those they are compared with: 4 to 8 MB of scores
+BLOCK, TILE = 1024, 4096  # on the CPU, rows decided in one step and those they are compared with: 8 or 16 MB of scores
+GROUP = 64  # rows of a tile whose highest score is looked at first
 CHUNK = 256  # pairs a float64 step gathers: both sides stay in the L2 cache
-# How far a fast product may be from the cosine. bf16 rounds both factors, the product and the limit that it
-# is compared with by 2**-9 each: 0.008. A device that computes fp32 products in TF32 stays below it as well.
-MARGIN = 0.01
+LOWEST = 0.01  # threshold: above the margin of any rows, so that no row is near those of zeros that fill a tile up
+LEAST = {torch.bfloat16: 0.006, torch.float32: 0.0}  # margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +33,86 @@ class Deduplication:
 
 
 class FastCosines:
-    """Finds the pairs of rows whose cosine may exceed a limit, in fp32 or bf16: whichever is faster here.
+    """Finds the pairs of rows whose cosine may exceed a limit: in bf16 where the device is fast at it, else in fp32.
 
-    block, tile: how many rows to compare with how many at once.
+    block, tile: how many rows to compare with how many at once. margin: how far a score may be from the cosine.
     """
 
-    def __init__(self, rows: np.ndarray, device: str | torch.device = "cpu") -> None:
-        """`rows`: (n, d) float32 at norm 1, or a sample of them to time the two precisions with."""
+    def __init__(self, device: str | torch.device, *rows: np.ndarray) -> None:
+        """`rows`: each (n, d) float32 at norm 1: all that will be compared, for the margin."""
         self.device = torch.device(device)
         self.block, self.tile = tile(device, (BLOCK, TILE))
-        self.dtype = min((torch.float32, torch.bfloat16), key=lambda dtype: self._seconds(rows, dtype))
+        self.dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+        # Factors x + e and y + f have a product within |e| + |f| and little more of x.y. Added up in fp32 it may lose d
+        # roundings, and a score below 1 half a unit in its last place. The worst rows come to 0.0098 in bf16.
+        lost = max(self._lost(array[part]) for array in rows for part in blocks(len(array)))
+        adding, last = rows[0].shape[1] * torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps / 4
+        self.margin = max(2.01 * lost + adding + last, LEAST[self.dtype])
         # Reused: a fresh one page-faults.
-        self.scores = torch.empty(self.block * self.tile, dtype=self.dtype, device=self.device)
+        self.scores = torch.empty(self.block * (self.tile + GROUP), dtype=self.dtype, device=self.device)
 
     def cast(self, rows: np.ndarray) -> torch.Tensor:
         """(m, d) float32 to the same rows in the fast precision, on the device."""
         return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device, self.dtype)
 
-    def pairs(self, block: torch.Tensor, tile: torch.Tensor, limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All (i, j, score) with a cosine above `limit`, and some within 2 * MARGIN below it, by i, then j.
+    def _lost(self, rows: np.ndarray) -> float:
+        """The largest norm of what `cast` takes from a row."""
+        rows = torch.from_numpy(np.ascontiguousarray(rows))
+        return float((rows - rows.to(self.dtype)).norm(dim=1).max())
 
-        `block`: (b, d), `tile`: (t, d), both from `cast`, b and t at most self.block and self.tile. i, j: (m,) int64
-        row numbers within them; score: (m,) float32, within MARGIN of the cosine.
+    def pairs(
+        self, block: torch.Tensor, tile: torch.Tensor, limit: float | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All (i, j, score) with a cosine above `limit`, and some within 2 * margin below it; of one i by j.
+
+        `block`: (b, d), `tile`: (t, d), both from `cast`, b and t at most self.block and self.tile. `limit`: one, or
+        (b,) float64, one for each row of the block. i, j: (m,) int64 row numbers within them; score: (m,) float32, at
+        most 1, within the margin of the cosine.
         """
-        out = self.scores[: len(block) * len(tile)].view(len(block), len(tile))
-        scores = torch.mm(block, tile.T, out=out)
-        loud = (scores.amax(dim=1) > limit - MARGIN).nonzero().squeeze(1)  # few rows of a tile have a pair
-        scores = scores[loud]
-        i, j = (scores > limit - MARGIN).nonzero(as_tuple=True)
-        return loud[i].cpu().numpy(), j.cpu().numpy(), scores[i, j].float().cpu().numpy()
+        groups, width = -(-len(tile) // GROUP), len(block)
+        scores = self.scores[: groups * GROUP * width].view(groups, GROUP, width)
+        every = scores.view(groups * GROUP, width)
+        torch.mm(tile, block.T, out=every[: len(tile)])  # the larger factor first: the CPU library repacks the second
+        every[len(tile) :] = -torch.inf
+        lowest = torch.from_numpy(np.full(width, limit - self.margin, dtype=np.float32)).to(self.device)
+        # Above 0 floats are in the order of their bits, and the largest of integers is found several times as fast. The
+        # bits of a bf16 are the upper ones of a float32.
+        bits = {2: torch.int16, 4: torch.int32}[self.dtype.itemsize]
+        above = (lowest.view(torch.int32) >> 32 - 8 * self.dtype.itemsize) + 1
+        above = torch.where(lowest > 0, above, torch.iinfo(bits).min).to(bits)
+        loud = scores.view(bits).amax(dim=1) >= above  # few rows have a pair in a group
+        group, row = loud.nonzero(as_tuple=True)
+        found = scores[group, :, row].float()
+        place, member = (found > lowest[row, None]).nonzero(as_tuple=True)
+        score = found[place, member].clamp_(max=1)
+        return row[place].cpu().numpy(), (group[place] * GROUP + member).cpu().numpy(), score.cpu().numpy()
 
-    def _seconds(self, rows: np.ndarray, dtype: torch.dtype) -> float:
-        block, tile = (torch.from_numpy(rows[:size]).to(self.device, dtype) for size in (self.block, self.tile))
-        out = torch.empty(len(block), len(tile), dtype=dtype, device=self.device)
-        times = []
-        for _ in range(6):  # the first warms up; the shortest time is the least disturbed
-            start = time.perf_counter()
-            torch.mm(block, tile.T, out=out).amax().item()
-            times.append(time.perf_counter() - start)
-        return min(times)
+
+class Bank:
+    """Rows that others are compared with. Pages of it that are not yet touched cost no memory."""
+
+    def __init__(self, size: int, d: int, fast: FastCosines) -> None:
+        """`size`: how many rows of d values it may have to hold."""
+        self.fast, self.count = fast, 0
+        self.numbers = np.empty(size, dtype=np.int64)
+        self.rows = torch.empty((size, d), dtype=fast.dtype, device=fast.device)
+
+    def add(self, numbers: np.ndarray, rows: torch.Tensor) -> None:
+        """`numbers`: (m,) int64; `rows`: (m, d) from `FastCosines.cast`, m at most a block."""
+        start, self.count = self.count, self.count + len(numbers)
+        self.numbers[start : self.count] = numbers
+        self.rows[start : self.count] = rows
+        self.rows[self.count : self.count + self.fast.block] = 0
+
+    def tiles(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Numbers (m,) and rows (t, d) with t >= m: some rows of zeros may follow.
+
+        The number of rows is one of a few, of blocks: each new shape costs the CPU library a new kernel.
+        """
+        for part in blocks(self.count, self.fast.tile):
+            numbers = self.numbers[part]
+            width = min(-(-len(numbers) // self.fast.block) * self.fast.block, self.fast.tile)
+            yield numbers, self.rows[part.start : part.start + width]
 
 
 def exact_cosines(a: np.ndarray, i: np.ndarray, b: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -121,18 +162,25 @@ def deduplicate(
     """
     check_rows(embeddings)
     thresholds = tuple(sorted({float(t) for t in (threshold, *also)}))
-    if thresholds[0] < MARGIN or thresholds[-1] >= 1 or len(thresholds) > 64:
-        raise ValueError(f"dedup.threshold: give up to 64 values from {MARGIN} to below 1, not {thresholds}")
+    if thresholds[0] < LOWEST or thresholds[-1] >= 1 or len(thresholds) > 64:
+        raise ValueError(f"dedup.threshold: give up to 64 values from {LOWEST} to below 1, not {thresholds}")
 
     # Sets of thresholds are the bits of one integer, bit 0 the lowest: `alive[row]` has those at which the
     # row is kept, `under(cosine)` those below the cosine. Then `alive[j] & under(cosine)` are the thresholds
     # at which kept row j drops row i, and a pair costs the same for one threshold as for 64.
     levels = np.array(thresholds)
+    at = np.concatenate([levels, np.full(65 - len(levels), np.inf)])
     lowest = np.array([(1 << count) - 1 for count in range(len(levels) + 1)], dtype=np.uint64)
     asked = np.uint64(1 << thresholds.index(float(threshold)))
 
     def under(cosine: np.ndarray) -> np.ndarray:
         return lowest[np.searchsorted(levels, cosine)]
+
+    def limits(start: int, stop: int, asked_too: bool) -> np.ndarray:
+        """Cosines above which pairs matter to these rows: with rows kept at any threshold, or also with the `asked`."""
+        bits = alive[start:stop]
+        still = at[np.bitwise_count(~bits & (bits - 1))]  # the lowest at which it is kept: by the zeros below its bit
+        return np.minimum(still, np.maximum(nearest_cosine[start:stop], threshold)) if asked_too else still
 
     def drop(i: np.ndarray, bits: np.ndarray) -> None:
         np.bitwise_and.at(alive, i, ~bits)
@@ -147,51 +195,53 @@ def deduplicate(
     n = len(embeddings)
     alive = np.full(n, lowest[-1])
     nearest, nearest_cosine = np.full(n, -1), np.full(n, -np.inf)
-    top = np.full(n, threshold + MARGIN, dtype=np.float32)  # highest score with a kept row so far, or this
-    fast = FastCosines(embeddings, device)
-    # The bank: every row kept at some threshold so far. Pages of it not yet touched cost no memory.
-    bank_row = np.empty(n, dtype=np.int64)
-    bank = torch.empty(embeddings.shape, dtype=fast.dtype, device=fast.device)
-    banked = 0
+    fast = FastCosines(device, embeddings)
+    margin = fast.margin
+    top = np.full(n, threshold + margin, dtype=np.float32)  # highest score with a kept row so far, or this
+    # Rows kept at some threshold so far, those kept at `asked` apart: they alone may be the nearest one.
+    banks = [Bank(size, embeddings.shape[1], fast) for size in (n, n if len(levels) > 1 else 0)]
 
     for start in progress(range(0, n, fast.block), "dedup", unit="block"):
         stop = min(start + fast.block, n)
         block = fast.cast(embeddings[start:stop])
-        for first in range(0, banked, fast.tile):
-            # In steps of a block, zero rows at the end: each new shape costs the CPU library a new kernel.
-            width = min(fast.tile, -(banked - first) // fast.block * -fast.block)
-            i, j, score = fast.pairs(block, bank[first : first + width], levels[0])
-            if not len(i):
-                continue
-            i, j = start + i, bank_row[first + j]
-            drop(i, alive[j] & under(score - MARGIN))  # beyond doubt
-            in_doubt = alive[j] & alive[i] & under(score + MARGIN) != 0
-            listed = np.flatnonzero(alive[j] & asked)
-            np.maximum.at(top, i[listed], score[listed])
-            in_doubt[listed] |= score[listed] >= top[i[listed]] - 2 * MARGIN  # may be the nearest one
-            i, j = i[in_doubt], j[in_doubt]
-            cosine = exact_cosines(embeddings, i, embeddings, j)
-            drop(i, alive[j] & under(cosine))
-            note_nearest(i, j, cosine)
+        for bank in banks:
+            limit = limits(start, stop, bank is banks[0])
+            for numbers, rows in bank.tiles():
+                i, j, score = fast.pairs(block, rows, limit)
+                if not len(i):
+                    continue
+                i, j = start + i, numbers[j]
+                drop(i, alive[j] & under(score - margin))  # beyond doubt
+                in_doubt = alive[j] & alive[i] & under(score + margin) != 0
+                listed = np.flatnonzero(alive[j] & asked)
+                np.maximum.at(top, i[listed], score[listed])
+                in_doubt[listed] |= score[listed] >= top[i[listed]] - 2 * margin  # may be the nearest one
+                i, j = i[in_doubt], j[in_doubt]
+                cosine = exact_cosines(embeddings, i, embeddings, j)
+                drop(i, alive[j] & under(cosine))
+                note_nearest(i, j, cosine)
+                limit = limits(start, stop, bank is banks[0])
 
         # Within the block a row's fate hangs on rows decided in the same step. Assume that all are kept
         # and repeat: round r settles the first r rows at least, and in practice a few rounds settle all.
-        i, j, _ = fast.pairs(block, block, levels[0])
-        i, j = start + i[i > j], start + j[i > j]
+        i, j, _ = fast.pairs(block, block, limits(start, stop, True))
+        i, j = start + i, start + j
+        may_drop = (i > j) & (alive[j] != 0)
+        i, j = i[may_drop], j[may_drop]
         cosine = exact_cosines(embeddings, i, embeddings, j)
+        below = under(cosine)
         survivors, before = alive[start:stop].copy(), None
         while not np.array_equal(before, alive[start:stop]):
             before = alive[start:stop].copy()
-            bits = alive[j] & under(cosine)
+            bits = alive[j] & below
             alive[start:stop] = survivors
             drop(i, bits)
         note_nearest(i, j, cosine)
 
-        stay = np.flatnonzero(alive[start:stop])
-        bank_row[banked : banked + len(stay)] = start + stay
-        bank[banked : banked + len(stay)] = block[torch.from_numpy(stay).to(fast.device)]
-        banked += len(stay)
-        bank[banked : banked + fast.block] = 0
+        bits = alive[start:stop]
+        for bank, stay in zip(banks, (bits & asked != 0, (bits & asked == 0) & (bits != 0)), strict=True):
+            stay = np.flatnonzero(stay)
+            bank.add(start + stay, block[torch.from_numpy(stay).to(fast.device)])
 
     dropped = np.flatnonzero(alive & asked == 0)
     duplicates = {"dropped": dropped, "kept": nearest[dropped], "cosine": nearest_cosine[dropped]}
@@ -220,7 +270,7 @@ def max_cosine(
         return max(found)
     check_rows(a)
     check_rows(b)
-    fast = FastCosines(a, device)
+    fast = FastCosines(device, a, b)
     tiles = fast.cast(b)
     best = exact_cosines(a, np.zeros(len(b), dtype=np.int64), b, np.arange(len(b))).max()
     for start in progress(range(0, len(a), fast.block), "largest cosine", unit="block"):
@@ -228,7 +278,7 @@ def max_cosine(
         for first in range(0, len(b), fast.tile):
             i, j, score = fast.pairs(block, tiles[first : first + fast.tile], best)
             if len(i):
-                near = score >= score.max() - 2 * MARGIN
+                near = score >= score.max() - 2 * fast.margin
                 best = max(best, exact_cosines(a, start + i[near], b, first + j[near]).max())
     return float(best)
 
@@ -241,7 +291,7 @@ def nearest_below(
     `embeddings`: (m, d) float32 at norm 1, such as rows that `deduplicate` keeps. Returns i, j: (n,) int64 and cosine:
     (n,) float64, the largest first; fewer where there are fewer pairs. Never holds an m x m matrix.
     """
-    fast = FastCosines(embeddings, device)
+    fast = FastCosines(device, embeddings)
     rows, width, found = fast.cast(embeddings), 0.01, np.empty((3, 0))
     while found.shape[1] < min(n, len(rows) * (len(rows) - 1) // 2):
         width, found = 4 * width, np.empty((3, 0))

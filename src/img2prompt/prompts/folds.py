@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from img2prompt.core.progress import progress
-from img2prompt.prompts.dedup import MARGIN, FastCosines, check_rows, exact_cosines, max_cosine
+from img2prompt.prompts.dedup import FastCosines, check_rows, exact_cosines, max_cosine
 
 STEP = 0.01  # by which the threshold rises: a coarse step stays the same after small changes of the data
 FEW = 30  # rows whose mean cosine has a standard error of some 0.03: more than most ideas are worth
@@ -58,7 +58,7 @@ def similarity_forest(
     the threshold to the highest: one pass and O(n) memory serve every such t. `embeddings`: (n, d) float32 at norm 1.
     """
     n = len(embeddings)
-    fast = FastCosines(embeddings, device)
+    fast = FastCosines(device, embeddings)
     rows = fast.cast(embeddings)
     levels = np.linspace(threshold, highest, LEVELS)
     # By level, labels of rows: those of one label are joined by edges of at least the level.
@@ -70,12 +70,12 @@ def similarity_forest(
             i, j, score = fast.pairs(rows[start:stop], rows[first : min(first + fast.tile, stop)], threshold)
             i, j = start + i, first + j
             # Of rows that are joined by edges as strong as this pair can be, it is not needed, nor its cosine.
-            level = np.searchsorted(levels[:-1], score + MARGIN)
+            level = np.searchsorted(levels[:-1], score + fast.margin)
             news = np.flatnonzero((i > j) & (joined[level, i] != joined[level, j]))
             if not len(news):
                 continue
             # Nor is more than one pair above the highest between a row and those of one label.
-            sure = score[news] - MARGIN >= highest
+            sure = score[news] - fast.margin >= highest
             _, one = np.unique(i[news[sure]] * n + joined[-1, j[news[sure]]], return_index=True)
             doubtful, sure = news[~sure], news[sure][one]
             cosine = np.minimum(exact_cosines(embeddings, i[doubtful], embeddings, j[doubtful]), highest)
@@ -204,7 +204,7 @@ def near_folds(
     column = np.full(len(fold), len(ids))
     for place, fold_id in enumerate(ids):
         column[fold == fold_id] = place
-    fast = FastCosines(embeddings, device)
+    fast = FastCosines(device, texts, embeddings)
     rows, limit = fast.cast(embeddings), threshold - 1e-6
     for start in progress(range(0, len(texts), fast.block), "texts", unit="block"):
         block = fast.cast(texts[start : start + fast.block])
