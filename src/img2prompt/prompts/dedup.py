@@ -17,7 +17,7 @@ from img2prompt.core.device import has_bfloat16, tile
 from img2prompt.core.progress import progress
 
 BLOCK, TILE = 1024, 4096  # on the CPU, rows decided in one step and those they are compared with: 8 or 16 MB of scores
-GROUP = 64  # rows of a tile whose highest score is looked at first
+GROUP = 16  # rows of a tile whose highest score is looked at first
 CHUNK = 256  # pairs a float64 step gathers: both sides stay in the L2 cache
 LOWEST = 0.01  # threshold: above the margin of any rows, so that no row is near those of zeros that fill a tile up
 LEAST = {torch.bfloat16: 0.006, torch.float32: 0.0}  # margin

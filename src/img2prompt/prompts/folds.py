@@ -15,7 +15,7 @@ from img2prompt.prompts.dedup import FastCosines, check_rows, exact_cosines, max
 STEP = 0.01  # by which the threshold rises: a coarse step stays the same after small changes of the data
 FEW = 30  # rows whose mean cosine has a standard error of some 0.03: more than most ideas are worth
 PENDING = 4_000_000  # edges held beside the forest: about 400 MB while they are reduced
-LEVELS = 8  # cosines at which it is known which rows the forest joins: most pairs of many similar rows are no news
+LEVELS = 16  # cosines at which it is known which rows the forest joins: most pairs of many similar rows are no news
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +64,45 @@ def similarity_forest(
     # By level, labels of rows: those of one label are joined by edges of at least the level.
     joined = np.tile(np.arange(n, dtype=np.int32), (LEVELS, 1))
     parts, held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))], 0
+
+    def news(i: np.ndarray, j: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """Which pairs are of rows that are not joined by edges as strong as this one can be."""
+        level = np.searchsorted(levels[:-1], score + fast.margin)
+        return np.flatnonzero(joined[level, i] != joined[level, j])
+
+    def connect(i: np.ndarray, j: np.ndarray, score: np.ndarray) -> int:
+        """Add the edges of these pairs, and say how many they are."""
+        # No more than one pair above the highest is needed between a row and those of one label.
+        sure = score - fast.margin >= highest
+        _, one = np.unique(i[sure] * n + joined[-1, j[sure]], return_index=True)
+        doubtful, sure = np.flatnonzero(~sure), np.flatnonzero(sure)[one]
+        cosine = np.minimum(exact_cosines(embeddings, i[doubtful], embeddings, j[doubtful]), highest)
+        cosine = np.concatenate([cosine, np.full(len(sure), highest)])
+        edge = cosine >= threshold
+        kept = np.concatenate([doubtful, sure])[edge]
+        i, j, cosine = i[kept], j[kept], cosine[edge]
+        parts.append((i, j, cosine))
+        for own, at_least in zip(joined, levels, strict=True):
+            strong = cosine >= at_least
+            own[i[strong]] = own[j[strong]]
+        return len(i)
+
     for start in progress(range(0, n, fast.block), "folds", unit="block"):
         stop = min(start + fast.block, n)
         for first in range(0, stop, fast.tile):
             i, j, score = fast.pairs(rows[start:stop], rows[first : min(first + fast.tile, stop)], threshold)
             i, j = start + i, first + j
-            # Of rows that are joined by edges as strong as this pair can be, it is not needed, nor its cosine.
-            level = np.searchsorted(levels[:-1], score + fast.margin)
-            news = np.flatnonzero((i > j) & (joined[level, i] != joined[level, j]))
-            if not len(news):
-                continue
-            # Nor is more than one pair above the highest between a row and those of one label.
-            sure = score[news] - fast.margin >= highest
-            _, one = np.unique(i[news[sure]] * n + joined[-1, j[news[sure]]], return_index=True)
-            doubtful, sure = news[~sure], news[sure][one]
-            cosine = np.minimum(exact_cosines(embeddings, i[doubtful], embeddings, j[doubtful]), highest)
-            cosine = np.concatenate([cosine, np.full(len(sure), highest)])
-            edge = cosine >= threshold
-            kept = np.concatenate([doubtful, sure])[edge]
-            i, j, cosine = i[kept], j[kept], cosine[edge]
-            parts.append((i, j, cosine))
-            for own, at_least in zip(joined, levels, strict=True):
-                strong = cosine >= at_least
-                own[i[strong]] = own[j[strong]]
-            held += len(i)
+            earlier = news(i, j, score)
+            earlier = earlier[i[earlier] > j[earlier]]
+            i, j, score = i[earlier], j[earlier], score[earlier]
+            # The strongest of each row first: by it most of the others are no news.
+            strongest = np.zeros(stop - start, dtype=np.float32)
+            np.maximum.at(strongest, i - start, score)
+            best = score == strongest[i - start]
+            for part in (best, ~best):
+                part = np.flatnonzero(part)
+                part = part[news(i[part], j[part], score[part])]
+                held += connect(i[part], j[part], score[part])
             if held > PENDING:
                 parts, held = [spanning_forest(n, parts)], 0
                 for own, at_least in zip(joined, levels, strict=True):
