@@ -190,6 +190,53 @@ def test_bad_thresholds_are_refused(threshold, also):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [-0.3, 0.0, 0.4, 0.95])
+def test_every_pair_above_a_limit_is_found_and_none_far_below(monkeypatch, dtype, limit):
+    prefilter(monkeypatch, dtype)
+    a, b = clusters(90, seed=1), clusters(70, seed=2)
+    b[:20] = a[:20]
+    exact = a.astype(np.float64) @ b.T.astype(np.float64)
+    limits = limit + np.where(np.arange(90) % 2, 0.03, 0)
+    fast = dedup.FastCosines("cpu", a, b)
+    assert fast.dtype == dtype
+    for asked in (limit, limits):
+        i, j, score = fast.pairs(fast.cast(a), fast.cast(b), asked)
+        found = np.zeros(exact.shape, dtype=bool)
+        found[i, j] = True
+        over = exact - np.broadcast_to(asked, 90)[:, None]
+        assert 0 < len(i) == found.sum() < found.size
+        assert found[over > 0].all()
+        assert not found[over < -2 * fast.margin].any()
+        assert np.abs(score - exact[i, j]).max() <= fast.margin
+        assert all((np.diff(j[i == row]) > 0).all() for row in range(90))
+
+
+def test_the_margin_covers_rows_that_lose_all_that_bfloat16_can_take(monkeypatch):
+    prefilter(monkeypatch, torch.bfloat16)
+    rows = np.full((1, 64), (1 + 2**-8) / 8, dtype=np.float32)  # halfway to the next number, to which none is rounded
+    rows[0, 63] = np.sqrt(1 - np.square(rows[0, :63], dtype=np.float64).sum())
+    fast = dedup.FastCosines("cpu", rows)
+    i, _, score = fast.pairs(fast.cast(rows), fast.cast(rows), 0.999)
+    assert i.tolist() == [0]
+    assert 0.006 < 1 - score[0] < fast.margin < dedup.LOWEST
+
+
+def test_pairs_that_cannot_matter_are_not_computed_exactly(monkeypatch):
+    """Of a family that its first row drops, the others are compared with that one alone."""
+    prefilter(monkeypatch, torch.bfloat16)
+    monkeypatch.setattr(dedup, "BLOCK", 64)
+    monkeypatch.setattr(dedup, "TILE", 128)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal(384) + 0.2 * rng.standard_normal((1500, 384))  # cosines of 0.96
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    looked, exact = [], dedup.exact_cosines
+    monkeypatch.setattr(dedup, "exact_cosines", lambda a, i, b, j: looked.append(len(i)) or exact(a, i, b, j))
+    found = deduplicate(rows, 0.85, also=[0.99])
+    assert found.kept.sum(axis=1).tolist() == [1, 1500]
+    assert sum(looked) < 5 * len(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_max_cosine_equals_brute_force(monkeypatch, dtype):
     prefilter(monkeypatch, dtype)
     monkeypatch.setattr(dedup, "BLOCK", 32)

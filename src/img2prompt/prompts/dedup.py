@@ -20,7 +20,7 @@ BLOCK, TILE = 1024, 4096  # on the CPU, rows decided in one step and those they 
 GROUP = 16  # rows of a tile whose highest score is looked at first
 CHUNK = 256  # pairs a float64 step gathers: both sides stay in the L2 cache
 LOWEST = 0.01  # threshold: above the margin of any rows, so that no row is near those of zeros that fill a tile up
-LEAST = {torch.bfloat16: 0.006, torch.float32: 0.0}  # margin
+LEAST = {torch.bfloat16: 0.006, torch.float32: 0.0}  # margin, whatever the rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +224,10 @@ def deduplicate(
 
         # Within the block a row's fate hangs on rows decided in the same step. Assume that all are kept
         # and repeat: round r settles the first r rows at least, and in practice a few rounds settle all.
-        i, j, _ = fast.pairs(block, block, limits(start, stop, True))
+        i, j, score = fast.pairs(block, block, limits(start, stop, True))
         i, j = start + i, start + j
-        may_drop = (i > j) & (alive[j] != 0)
-        i, j = i[may_drop], j[may_drop]
+        in_doubt = (i > j) & (alive[j] & (asked | alive[i] & under(score + margin)) != 0)
+        i, j = i[in_doubt], j[in_doubt]
         cosine = exact_cosines(embeddings, i, embeddings, j)
         below = under(cosine)
         survivors, before = alive[start:stop].copy(), None
