@@ -21,35 +21,29 @@ def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAP
     Of views that Model A averages also train_{view}_pooled.npy.
     """
     batch_size, where, clips = embed_images.batch_size, device(), numbered(Path("outputs/clip"))
-    # What the results depend on: a killed run resumes only if none of it has changed.
-    key = [f"{batch_size} {where}", TRAIN, TEXTS, *clips, room("core"), room("clip"), Path(__file__)]
-    resume = resume_folder("embed_images", *key)
-    # No output here depends on model_a.unfreeze or `freeze`: frozen layers run anyway, and `freeze` need not run them.
     keep = [model_a.stored(int(path.name)) for path in clips]
+    # What the results depend on: a killed run resumes only if none of it has changed.
+    key = f"{batch_size} {keep} {model_a.tta} {freeze} {where}"
+    resume = resume_folder("embed_images", key, TRAIN, TEXTS, *clips, room("core"), room("clip"), Path(__file__))
+    # No output here depends on model_a.unfreeze or `freeze`: frozen layers run anyway, and `freeze` need not run them.
     ahead = ahead_folder(TRAIN, clips, keep, freeze, batch_size, where)
-    images = read_rows(TRAIN, ["image"]).image
-    found: list[tuple[str, Path]] = []
-    for path, layers in zip(clips, keep, strict=True):
-        clip, folder = load_clip(path, where), resume / path.name
-        views, name = ("plain", *model_a.tta), f"clip {path.name}, train images"
-        (ahead / path.name).mkdir(exist_ok=True)
-        layers = layers if is_stored(clip, layers, len(images), views, freeze, RESUME, name) else 0
-        for view in views:
-            wanted = [*["image"] * (view == "plain"), "pooled", *["frozen"] * (layers > 0)]
-            embedder = Embedder(clip, where, layers, wanted)
-            files = image_features(clip, images, embedder, batch_size, folder / str(layers), "train", view)
-            found += [(f"{path.name}/{file.name}", file) for file in files if not file.stem.endswith("frozen")]
-            for file in files:
-                if file.stem.endswith("frozen"):
-                    file.replace(ahead / path.name / file.name)
-        for name, table in (("train", TRAIN), ("texts", TEXTS)):
-            prompts = read_rows(table, ["prompt"]).prompt
-            file = text_features(clip, prompts, batch_size, where, folder / f"{name}_text")
-            found.append((f"{path.name}/{name}_text.npy", file))
+    images, views = read_rows(TRAIN, ["image"]).image, ("plain", *model_a.tta)
+    loaded, embedders = {path.name: load_clip(path, where) for path in clips}, {}
+    for (name, clip), layers in zip(loaded.items(), keep, strict=True):
+        (ahead / name).mkdir(exist_ok=True)
+        stored = is_stored(clip, layers, len(images), views, freeze, RESUME, f"clip {name}, train images")
+        wanted = ["image", "pooled", *["frozen"] * stored]
+        embedders[name] = Embedder(clip, where, layers if stored else 0, wanted, views)
+    files = image_features(embedders, images, batch_size, resume / "images", "train")
+    for name, clip in loaded.items():
+        for split, table in (("train", TRAIN), ("texts", TEXTS)):
+            prompts, folder = read_rows(table, ["prompt"]).prompt, resume / name / f"{split}_text"
+            files[f"{name}/{split}_text"] = text_features(clip, prompts, batch_size, where, folder)
     with whole_folder(Path("outputs/embed_images")) as out:
-        for name, file in found:
-            (out / name).parent.mkdir(exist_ok=True)
-            file.rename(out / name)
+        for name, file in files.items():
+            path = (ahead if name.endswith("_frozen") else out) / f"{name}.npy"
+            path.parent.mkdir(exist_ok=True)
+            file.replace(path)
     shutil.rmtree(RESUME / "embed_images")
 
 

@@ -13,7 +13,6 @@ from img2prompt.model_a.params import ModelAParams
 from pipelines import run
 
 TEST = Path("outputs/prepare_test/test.parquet")
-PARTS = {"image": "knn", "pooled": "model_a", "frozen": "model_a"}  # who looks at what
 
 
 def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAParams) -> None:
@@ -25,26 +24,21 @@ def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAP
     batch_size, where = embed_images.batch_size, device()
     clips = numbered(Path("outputs/clip"))
     keep = [model_a.layers(int(path.name)) for path in clips]
-    key = f"{batch_size} {keep} {freeze} {where}"
+    key = f"{batch_size} {keep} {model_a.tta} {freeze} {where}"
     resume = resume_folder("embed_test", key, TEST, *clips, room("core"), room("clip"), Path(__file__))
-    references = read_rows(TEST, ["image"]).image
-    found: dict[tuple[str, str], list[Path]] = {}
+    images, views, embedders = read_rows(TEST, ["image"]).image, ("plain", *model_a.tta), {}
     for path, layers in zip(clips, keep, strict=True):
-        clip, views, name = load_clip(path, where), ("plain", *model_a.tta), f"clip {path.name}, test images"
-        layers = layers if is_stored(clip, layers, len(references), views, freeze, RESUME, name) else 0
-        for view in views:
-            wanted = [*["image"] * (view == "plain"), "pooled", *["frozen"] * (layers > 0)]
-            embedder = Embedder(clip, where, layers, wanted)
-            files = image_features(clip, references, embedder, batch_size, resume / path.name, "test", view)
-            for name, file in zip(wanted, files, strict=True):
-                found.setdefault((PARTS[name], path.name), []).append(file)
+        clip = load_clip(path, where)
+        stored = is_stored(clip, layers, len(images), views, freeze, RESUME, f"clip {path.name}, test images")
+        wanted = ["image", "pooled", *["frozen"] * stored]
+        embedders[path.name] = Embedder(clip, where, layers if stored else 0, wanted, views)
+    files = image_features(embedders, images, batch_size, resume, "test")
     home = Path("outputs/embed_test")
     with whole_folder(home / "knn") as knn, whole_folder(home / "model_a") as heads:
-        out = {"knn": knn, "model_a": heads}
-        for (part, name), files in found.items():
-            (out[part] / name).mkdir(exist_ok=True)
-            for file in files:
-                file.rename(out[part] / name / file.name)
+        for name, file in files.items():
+            path = (knn if name.endswith("_image") else heads) / f"{name}.npy"
+            path.parent.mkdir(exist_ok=True)
+            file.rename(path)
     shutil.rmtree(RESUME / "embed_test")
 
 

@@ -24,24 +24,24 @@ def main(embed_images: EmbedImagesParams, freeze: FreezeParams, model_a: ModelAP
     batch_size, where, clips = embed_images.batch_size, device(), numbered(Path("outputs/clip"))
     keep = [model_a.stored(int(path.name)) for path in clips]
     ahead = ahead_folder(TRAIN, clips, keep, freeze, batch_size, where)
-    images = read_rows(TRAIN, ["image"]).image
-    found: list[tuple[str, Path]] = []
+    images, views = read_rows(TRAIN, ["image"]).image, ("plain", *model_a.tta)
+    files, embedders = {}, {}
     for path, layers in zip(clips, keep, strict=True):
-        views = ("plain", *model_a.tta) if layers else ()
-        for view in views:
-            file = ahead / path.name / f"{stem('train', view)}_frozen.npy"
-            if not file.is_file():
-                clip, name = load_clip(path, where), f"clip {path.name}, train images"
-                if not is_stored(clip, layers, len(images), views, freeze, RESUME, name):
-                    break
-                embedder = Embedder(clip, where, layers, ["frozen"])
-                (file,) = image_features(clip, images, embedder, batch_size, ahead / path.name / "here", "train", view)
-            found.append((path.name, file))
+        names = [f"{path.name}/{stem('train', seen)}_frozen" for seen in views if layers]
+        found = {name: ahead / f"{name}.npy" for name in names}
+        if all(file.is_file() for file in found.values()):
+            files |= found
+            continue
+        clip = load_clip(path, where)
+        if is_stored(clip, layers, len(images), views, freeze, RESUME, f"clip {path.name}, train images"):
+            embedders[path.name] = Embedder(clip, where, layers, ["frozen"], views)
+    if embedders:
+        files |= image_features(embedders, images, batch_size, ahead / "-".join(embedders) / "here", "train")
     with whole_folder(Path("outputs/freeze")) as out:
         for path in clips:
             (out / path.name).mkdir()
-        for name, file in found:
-            file.rename(out / name / file.name)
+        for name, file in files.items():
+            file.rename(out / f"{name}.npy")
     shutil.rmtree(RESUME / "freeze")
 
 

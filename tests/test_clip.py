@@ -10,14 +10,16 @@ import pytest
 import torch
 from conftest import TINY, untrained_clip
 from huggingface_hub import constants
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms import Compose
 
 from img2prompt.clip import features
 from img2prompt.clip.features import text_features
-from img2prompt.clip.model import image_only, load_clip, materialise, save_clip, settle_hub, view
+from img2prompt.clip.model import image_only, image_transform, load_clip, materialise, save_clip, settle_hub, view
 from img2prompt.clip.params import SAMPLES, sample_tower
 from img2prompt.clip.towers import project, projection, tower
 from img2prompt.sample import small_clip
@@ -120,6 +122,48 @@ def test_views_differ_and_the_tower_takes_them(which, request):
         pooled = [layers(pixels) for pixels in seen.values()]
     assert all(one.shape == pooled[0].shape for one in pooled)
     assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(pooled) for b in pooled[:i])
+
+
+SHAPES = [(90, 120), (101, 67), (32, 32), (20, 31), (300, 33)]
+
+
+def pictures(height, width):
+    """Noise, and ramps with edges between them."""
+    noise = np.random.default_rng(width).integers(0, 256, (height, width, 3))
+    ramps = np.indices((height, width)).sum(0)[..., None] * [1, 2, 3] % 256
+    return [Image.fromarray(pixels.astype(np.uint8)) for pixels in (noise, ramps)]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("mode", "size"), [("shortest", (32, 32)), ("shortest", 24), ("squash", (24, 36)), ("squash", (32, 32))]
+)
+def test_images_are_open_clip_s_own_to_one_grey_level(interpolation, mode, size):
+    preprocess = PreprocessCfg(size=size, interpolation=interpolation, resize_mode=mode)
+    resize, *others = image_transform_v2(preprocess, is_train=False).transforms
+    kind, grey_level = Image.Resampling[interpolation.upper()], 1 / 255 / np.array(preprocess.std)[:, None, None]
+    for image in (image for shape in SHAPES for image in pictures(*shape)):
+        width, height = resize(image).size
+        # From 13 on Pillow scales the height first where that is cheaper: noise is then another.
+        expected = Compose(others)(image.resize((width, image.height), kind).resize((width, height), kind))
+        found = image_transform(preprocess)(image)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        assert (np.abs(found - expected).numpy() < 1.01 * grey_level).all()
+
+
+@pytest.mark.parametrize(("mode", "size"), [("shortest", (24, 36)), ("longest", (32, 32))])
+def test_what_is_padded_or_cropped_to_no_square_is_open_clip_s_own(mode, size):
+    preprocess = PreprocessCfg(size=size, resize_mode=mode)
+    for image in (image for shape in SHAPES for image in pictures(*shape)):
+        assert torch.equal(image_transform(preprocess)(image), image_transform_v2(preprocess, is_train=False)(image))
+
+
+def test_an_image_of_the_tower_s_size_is_left_as_it_is():
+    preprocess = PreprocessCfg(size=(32, 32))
+    for image in pictures(32, 32):
+        before = image.tobytes()
+        assert torch.equal(image_transform(preprocess)(image), image_transform_v2(preprocess, is_train=False)(image))
+        assert image.tobytes() == before
 
 
 def test_the_other_normalisation():

@@ -9,6 +9,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from img2prompt.clip import features
 from img2prompt.clip.towers import checkpointed, frozen, groups, is_cut, project, tower, unfrozen
 
 VIT = dict(img_size=32, embed_dim=32, depth=3, num_heads=2, num_classes=0)
@@ -188,3 +189,22 @@ def test_checkpoints_change_no_gradient(family):
         run(last, x).square().sum().backward()
         gradients.append(torch.cat([value.grad.flatten() for value in last.parameters() if value.requires_grad]))
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_bfloat16_gives_nearly_the_same_features_and_convolutions_stay_as_they_are(family, monkeypatch):
+    visual, _, images, _, _ = made(family)
+    layers = tower(visual)
+    before = {}
+    for bfloat16 in (False, True):
+        monkeypatch.setattr(features, "has_bfloat16", lambda device, has=bfloat16: has)
+        found = [features.Fixed(frozen(layers, count), "cpu")(images) for count in (0, 1, 2)]
+        last = features.Fixed(layers[len(frozen(layers, 1)) :], "cpu")
+        assert torch.equal(last(found[1]), found[0])  # wherever the tower is cut
+        before[bfloat16] = [x.float().flatten(1) for x in found]
+    for exact, near in zip(before[False], before[True], strict=True):
+        if family in ("ModifiedResNet", "no groups"):
+            assert torch.equal(exact, near)
+        else:
+            assert nn.functional.cosine_similarity(exact, near).min() > 0.999
+            assert not is_cut(layers) or not torch.equal(exact, near)

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.transforms import Compose
+from torchvision.transforms import Compose, InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from img2prompt.core.storage import read_json, resume_folder, room
 
@@ -149,8 +150,30 @@ def load_clip(folder: Path, device: str) -> Clip:
     model, _, _ = open_clip.create_model_and_transforms(name, device=device)
     # A convolutional tower runs 1.6 times faster on CPU with channels last; other towers run as fast either way.
     model = model.eval().to(memory_format=torch.channels_last)
-    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    transform = image_transform(PreprocessCfg(**model.visual.preprocess_cfg))
     return Clip(model, open_clip.get_tokenizer(name), transform)
+
+
+def image_transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
+    """open_clip's own transform, of an RGB image to (3, height, width) float32, with torch to resize in Pillow's place.
+
+    Both filter in the same way, and torch twice as fast: an image is the same to one grey level of 255 (Pillow from 13
+    on may scale the height before the width, which tells on noise). Images that are padded, or cropped to other than a
+    square, are left to Pillow.
+    """
+    size = [preprocess.size] * 2 if isinstance(preprocess.size, int) else list(preprocess.size)
+    squash = preprocess.resize_mode == "squash"
+    if not squash and (preprocess.resize_mode == "longest" or size[0] != size[1]):
+        return image_transform_v2(preprocess, is_train=False)
+    bilinear = preprocess.interpolation == "bilinear"  # what else a configuration names is bicubic to open_clip
+    interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+    side, mean, std = size if squash else size[:1], list(preprocess.mean), list(preprocess.std)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels = functional.resize(functional.pil_to_tensor(image), side, interpolation)
+        return functional.normalize(functional.center_crop(pixels, size).float().div_(255), mean, std, inplace=True)
+
+    return transform
 
 
 def image_only(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,7 +216,7 @@ def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
     if name == "renormalised":
         half = (0.5, 0.5, 0.5)
         mean, std = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) if tuple(preprocess.mean) == half else (half, half)
-        return image_transform_v2(replace(preprocess, mean=mean, std=std), is_train=False)
+        return image_transform(replace(preprocess, mean=mean, std=std))
     if name in ("smaller", "larger"):
         vision = isinstance(visual, VisionTransformer)
         if not vision and (not hasattr(visual, "trunk") or hasattr(visual.trunk, "patch_embed")):
@@ -203,5 +226,5 @@ def view(clip: Clip, name: str) -> Callable[[Image.Image], Tensor]:
         step = visual.patch_size[0] if vision else 32
         patches = visual.image_size[0] / step
         side = step * (math.floor(0.75 * patches) if name == "smaller" else math.ceil(1.25 * patches))
-        return image_transform_v2(replace(preprocess, size=(side, side)), is_train=False)
+        return image_transform(replace(preprocess, size=(side, side)))
     return clip.transform

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # A reference is a file's path, or `file#offset+size`: bytes inside a larger file, such as a tar's member.
 SPAN = re.compile(r"\d+\+\d+")
@@ -79,14 +79,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if max(image.size) > MAX_RATIO * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_RATIO} times as long as it is wide")
     with contextlib.suppress(Exception):  # broken EXIF is no reason to lose an image
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # what is upright would be copied
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(reference: str) -> Image.Image:

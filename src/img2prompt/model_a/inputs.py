@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from img2prompt.clip.features import Images, frozen_pass, within_half
-from img2prompt.core.device import autocast, onto
+from img2prompt.clip.features import Fixed, Images, within_half
+from img2prompt.core.device import onto
 from img2prompt.model_a.params import Augmentation
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Drawn:
     """Inputs that are not stored, as with augmentation: in each epoch the images run through the frozen layers."""
 
     def __init__(self, images: Images, frozen: nn.Module, device: str) -> None:
-        self._images, self._frozen, self._device = images, frozen.to(device).eval(), device
+        self._images, self._frozen, self._device = images, Fixed(frozen, device), device
 
     def batches(self, rows: list[np.ndarray], epoch: int | None) -> Iterator[Tensor]:
         """Yield (b, ...) float32 on the device, the frozen layers' output as it would be stored.
@@ -119,8 +119,7 @@ class Drawn:
         """
         within = torch.ones((), dtype=torch.bool, device=self._device)
         for x in onto(self._images.batches(rows, epoch), self._device, torch.float16):
-            with torch.no_grad(), autocast(self._device, torch.float16):
-                found = frozen_pass(self._frozen, x).half()
+            found = self._frozen(x).half()
             within &= found.isfinite().all()
             yield found.float()
         within_half(within)

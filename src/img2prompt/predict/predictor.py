@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from img2prompt.clip.features import Embedder, read_ahead, within_half
-from img2prompt.clip.model import Clip, load_clip, view
+from img2prompt.clip.model import Clip, load_clip
 from img2prompt.core.blocks import blocks
 from img2prompt.core.device import device as default_device
 from img2prompt.core.device import off, onto
@@ -57,8 +57,7 @@ class _OneClip:
 
     number: int
     clip: Clip
-    transforms: list[Callable[[Image.Image], Tensor]]  # one a view, the plain one first
-    embedders: list[Embedder]
+    embedder: Embedder
     trained: Trained
     bank: Bank | None
     device: str
@@ -68,30 +67,22 @@ class _OneClip:
         clip = load_clip(folder / f"clip/{number}", device)
         trained = Trained.load([folder / f"model_a/fold_{k}/{number}" for k in folds], clip, device, kinds)
         bank = Bank.load(folder / f"knn/{number}").on(device) if "model_b" in kinds else None
-        return cls.of(number, clip, trained, bank, device)
-
-    @classmethod
-    def of(cls, number: int, clip: Clip, trained: Trained, bank: Bank | None, device: str) -> _OneClip:
-        transforms = [view(clip, name) for name in trained.views]
-        wanted = ["pooled"] * ("ridge" in trained.models or not trained.unfreeze)
-        wanted += ["frozen"] * (trained.unfreeze > 0)
-        embedders = [
-            Embedder(clip, device, trained.unfreeze, [*["image"] * (name == "plain" and bank is not None), *wanted])
-            for name in trained.views
-        ]
-        return cls(number, clip, transforms, embedders, trained, bank, device)
+        embedder = Embedder(clip, device, trained.unfreeze, _wanted(trained, bank), trained.views)
+        return cls(number, clip, embedder, trained, bank, device)
 
     def only(self, kinds: Collection[str], views: int | None = None) -> _OneClip:
         """Some of its models; of Model A's family the first views or, by default, all of them."""
-        trained = self.trained.only(kinds, views)
-        return self.of(self.number, self.clip, trained, self.bank if "model_b" in kinds else None, self.device)
+        trained, bank = self.trained.only(kinds, views), self.bank if "model_b" in kinds else None
+        return replace(
+            self, embedder=self.embedder.only(_wanted(trained, bank), trained.views), trained=trained, bank=bank
+        )
 
     def name(self, kind: str) -> str:
         return name_of(kind, self.number)
 
     def launch(self, views: Iterable[Tensor]) -> dict[str, Tensor]:
         """Model A's family on a batch's views, and what `finish` needs; nobody waits for the device yet."""
-        seen = [embed.launch(x) for embed, x in zip(self.embedders, views, strict=True)]
+        seen = [self.embedder.launch(x, name) for name, x in zip(self.trained.views, views, strict=True)]
         pooled = [found.get("pooled") for found in seen]
         found = self.trained(pooled, [found.get("frozen", found.get("pooled")) for found in seen])
         found["within"] = torch.stack([one["within"] for one in seen]).all()
@@ -238,7 +229,7 @@ class Predictor:
 
         An image that is missing or cannot be decoded has its error among the batch's `errors`.
         """
-        pictures = _Pictures(images, [transform for clip in self._clips for transform in clip.transforms])
+        pictures = _Pictures(images, [view for clip in self._clips for view in clip.embedder.views.values()])
         waiting: deque[list[Error | None]] = deque()
 
         def views() -> Iterator[Tensor]:
@@ -263,7 +254,7 @@ class Predictor:
     def _launch(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
         left, found = iter(views), {}
         for clip in self._clips:
-            found |= clip.launch(islice(left, len(clip.transforms)))
+            found |= clip.launch(islice(left, len(clip.trained.views)))
         return found
 
 
@@ -288,6 +279,12 @@ def _together(items: Sequence[tuple[list[Tensor], Error | None]]) -> tuple[list[
     """A batch: of every view (b, 3, size, size) float32, and the errors."""
     seen, errors = zip(*items, strict=True)
     return [torch.stack(of_view) for of_view in zip(*seen, strict=True)], list(errors)
+
+
+def _wanted(trained: Trained, bank: Bank | None) -> list[str]:
+    """What an `Embedder` is asked for."""
+    pooled = "ridge" in trained.models or not trained.unfreeze
+    return ["image"] * (bank is not None) + ["pooled"] * pooled + ["frozen"] * (trained.unfreeze > 0)
 
 
 def _kinds(members: Collection[str], number: int) -> set[str]:
