@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from img2prompt.clip.features import Images
-from img2prompt.core.device import ahead, device, half_products, has_bfloat16, off, onto
+from img2prompt.core.device import ahead, device, float32_only, half_products, has_bfloat16, off, onto
 
 
 def test_what_is_read_ahead_is_in_order_one_ahead_and_closed():
@@ -69,6 +69,9 @@ def test_a_device_that_is_not_here_is_named(monkeypatch):
 @pytest.mark.parametrize(("flags", "has"), [({"avx2": True}, False), ({"amx_bf16": True}, True), ({}, False)])
 def test_a_processor_says_itself_whether_it_has_bfloat16(flags, has, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert has_bfloat16("cpu") is has
+    with float32_only():
+        assert has_bfloat16("cpu") is False
     assert has_bfloat16("cpu") is has
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeVar
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
+_float32_only = ContextVar("float32_only", default=False)
 
 
 def device() -> str:
@@ -45,12 +47,24 @@ def has_bfloat16(device: str | torch.device) -> bool:
     """Whether the device multiplies matrices in bfloat16, several times as fast as in float32: by its flags.
 
     A CPU does so with AMX or AVX512-BF16; one that has neither takes a hundred times as long. It is never timed, for
-    results may depend on it.
+    results may depend on it. No CPU does so within `float32_only`.
     """
     if torch.device(device).type == "cpu":
+        if _float32_only.get():
+            return False
         flags = torch.cpu.get_capabilities()
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
     return on_cuda(device) and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def float32_only() -> Iterator[None]:
+    """What is made within it uses no bfloat16 on a CPU: for comparisons that are finer than its rounding."""
+    before = _float32_only.set(True)
+    try:
+        yield
+    finally:
+        _float32_only.reset(before)
 
 
 def half_precision(device: str) -> torch.dtype:

@@ -23,6 +23,7 @@ from torch import Tensor
 from img2prompt.clip.model import image_only
 from img2prompt.clip.params import sample_tower
 from img2prompt.core.blocks import blocks
+from img2prompt.core.device import float32_only
 from img2prompt.core.images import open_image
 from img2prompt.core.process import threads
 from img2prompt.core.progress import progress
@@ -90,20 +91,21 @@ def export(outputs: Path, folder: Path, clips: Sequence[str], half: bool = True,
     for place, image in zip(CANARIES, draw_canaries(), strict=True):
         image.save(files.at(place))
     images = [files.found[place] for place in CANARIES]
-    whole = Predictor.load(outputs, "cpu")
-    known = whole.predict(images).embeddings
-    for parts in HALVES if half else HALVES[-1:]:
-        files.half = parts
-        _model(outputs, files, mixture.only(members))
-        try:
-            vectors = Predictor.of_files(files.found, "cpu", members).predict(images).embeddings
-        except ValueError:  # something is beyond half precision
-            if not parts:
-                raise
-            continue
-        moved = float(np.abs(vectors - known).max())
-        if moved < MOVED:
-            break
+    with float32_only():  # half precision moves the vectors by less than bfloat16 does
+        whole = Predictor.load(outputs, "cpu")
+        known = whole.predict(images).embeddings
+        for parts in HALVES if half else HALVES[-1:]:
+            files.half = parts
+            _model(outputs, files, mixture.only(members))
+            try:
+                vectors = Predictor.of_files(files.found, "cpu", members).predict(images).embeddings
+            except ValueError:  # something is beyond half precision
+                if not parts:
+                    raise
+                continue
+            moved = float(np.abs(vectors - known).max())
+            if moved < MOVED:
+                break
     np.save(files.at(VECTORS), vectors)
     _words(outputs / "words", files)
     _prompts(outputs / "prepare", files.at("prompts.parquet"))
