@@ -15,7 +15,7 @@ import pipelines  # noqa: F401 - sets what deterministic matrix products need be
 from img2prompt.clip.features import Embedder, image_features
 from img2prompt.clip.model import load_clip
 from img2prompt.clip.towers import frozen, tower, unfrozen
-from img2prompt.core.device import device, off, onto
+from img2prompt.core.device import device, float32_only, off, onto
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.inputs import Drawn, Stored
 from img2prompt.model_a.prediction import predict
@@ -100,9 +100,11 @@ def test_features_are_near_the_cpus(cuda, tiny_clip, tmp_path):
         references.append(str(tmp_path / f"{number}.png"))
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(references[-1])
     clips = {where: load_clip(tiny_clip, where) for where in ("cpu", cuda)}
+    with float32_only():
+        embedders = {where: Embedder(clip, where, 2) for where, clip in clips.items()}
     files = {
-        where: image_features({"0": Embedder(clip, where, 2)}, references, 4, tmp_path / where, "train")
-        for where, clip in clips.items()
+        where: image_features({"0": embedder}, references, 4, tmp_path / where, "train")
+        for where, embedder in embedders.items()
     }
     for name in files["cpu"]:
         a, b = (np.load(found[name]).astype(np.float32) for found in files.values())
