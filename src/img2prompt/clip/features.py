@@ -95,17 +95,17 @@ class Fixed:
     def __init__(self, layers: nn.Module, device: str) -> None:
         layers = layers.to(device).eval()
         convolutional = any(isinstance(part, nn.BatchNorm2d) for part in layers.modules())
-        bfloat16 = not on_cuda(device) and has_bfloat16(device) and not convolutional
-        if bfloat16:
+        self._device, self._bfloat16 = device, not on_cuda(device) and has_bfloat16(device) and not convolutional
+        if self._bfloat16:
             layers = copy.deepcopy(layers)
             convert_weights_to_lp(layers, torch.bfloat16)  # once: autocast alone would do so for each batch
         self._layers = layers
-        self._autocast = torch.autocast("cpu", torch.bfloat16) if bfloat16 else autocast(device, torch.float16)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layers' output for images (b, 3, side, side) or what layers before them gave."""
+        """The layers' output for images (b, 3, side, side) or for what layers before them gave."""
+        low = torch.autocast("cpu", torch.bfloat16) if self._bfloat16 else autocast(self._device, torch.float16)
         # no_grad and not inference_mode: under autocast the latter casts attention layers' weights in every call.
-        with torch.no_grad(), self._autocast:
+        with torch.no_grad(), low:
             return self._layers(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x)
 
 
