@@ -285,7 +285,8 @@ def test_a_fold_is_predicted_under_its_own_choice(data, result):
         shares = [choice.image_share, 1 - choice.image_share]
         np.testing.assert_array_equal(result.oof[rows], mix([image[rows], text[rows]], shares))
         others = data["scored"] & ~rows
-        assert shares[0] == search_weights(Cosines.between([image[others], text[others]], data["targets"][others]))[0]
+        found = search_weights(Cosines.between([image[others], text[others]], data["targets"][others]))
+        assert shares[0] == pytest.approx(found[0], rel=1e-9)  # blocks of rows are others, and so are roundings
 
 
 def test_both_kinds_of_keys_beat_one(data, result):
