@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER := .venv/.browser
+BENCH := .venv/.bench
 # Stages run `python`: the venv's, whatever the shell has.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test test-slow test-browser lint search compare table serve
+.PHONY: help setup check submission test test-slow test-browser lint search compare table serve bench
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +42,13 @@ $(BROWSER): requirements-browser.txt $(STAMP)
 
 test-browser: check $(BROWSER)  ## run the tests that open pages in chromium
 	python -m pytest -m browser
+
+$(BENCH): requirements-bench.txt $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt -c constraints.txt
+	touch $@
+
+bench: check $(BENCH)  ## every stage against what people use: docs/speed.md; ARGS='--stages dedup --rows 10000 --runs 5'
+	python -m bench.run --docs $(ARGS)
 
 lint: $(STAMP)  ## check the style
 	ruff check

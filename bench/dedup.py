@@ -1,30 +1,24 @@
-"""Exact deduplication against what people use: interleaved runs, medians, peak memory, equal results or not.
+"""dedup: the exact decision against what people use, on made rows: families of prompts of all sizes and densities."""
 
-    python bench/dedup.py --n 20000 --runs 3
-    python bench/dedup.py --n 90000 --runs 1 --skip naive sklearn faiss-topk
+from __future__ import annotations
 
-Each run is a process of its own, so that its peak memory is its own. faiss takes part where it is installed.
-"""
-
-import argparse
-import json
-import re
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-SEVEN = (0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 0.99)
+from bench.harness import Task, Work
+from img2prompt.core.blocks import blocks
+from img2prompt.prompts.dedup import deduplicate
+
+THRESHOLD = 0.85
+TABLE = (0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 0.99)  # what the stage asks for as well
 
 
 def clustered(n: int, d: int = 384, seed: int = 0) -> np.ndarray:
     """(n, d) float32 at norm 1, like prompts: families of all sizes and densities, 5% equal rows."""
     rng = np.random.default_rng(seed)
-    sizes = np.minimum(rng.zipf(1.8, size=n), n // 20)
+    sizes = np.minimum(rng.zipf(1.8, size=n), max(1, n // 20))
     family = rng.permutation(np.repeat(np.arange(n), sizes)[:n])
     centre = rng.standard_normal((n, d), dtype=np.float32)
     centre[:, : d // 8] += 1.0  # prompts share a direction: unrelated ones have a cosine of about 0.1
@@ -35,17 +29,41 @@ def clustered(n: int, d: int = 384, seed: int = 0) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def ours(rows: np.ndarray, threshold: float) -> np.ndarray:
-    from img2prompt.prompts.dedup import deduplicate
+def decided(rows: np.ndarray, threshold: float) -> np.ndarray:
+    """(n,) bool: which rows are kept, by float64 cosines with all rows kept before."""
+    bank, count, kept = np.empty(rows.shape), 0, np.zeros(len(rows), dtype=bool)
+    for part in blocks(len(rows), 512):
+        block = rows[part].astype(np.float64)
+        near = (block @ bank[:count].T > threshold).any(axis=1)
+        among = block @ block.T > threshold
+        for row in np.flatnonzero(~near):
+            kept[part.start + row] = not (among[row, :row] & kept[part][:row]).any()
+        own = block[kept[part]]
+        bank[count : count + len(own)] = own
+        count += len(own)
+    return kept
 
-    return deduplicate(rows, threshold).kept[0]
+
+def make(folder: Path, rows: int) -> Work:
+    """rows.npy, and kept.npy: what is right. The work: every row's cosines with all rows kept before it."""
+    made = clustered(rows)
+    kept = decided(made, THRESHOLD)
+    np.save(folder / "rows.npy", made)
+    np.save(folder / "kept.npy", kept)
+    return Work(operations=2 * made.shape[1] * float((np.cumsum(kept) - kept).sum()))
 
 
-def ours_seven(rows: np.ndarray, threshold: float) -> np.ndarray:
-    from img2prompt.prompts.dedup import deduplicate
+def load(folder: Path, rows: int) -> tuple[np.ndarray]:
+    return (np.load(folder / "rows.npy")[:rows],)
 
-    result = deduplicate(rows, threshold, also=SEVEN)
-    return result.kept[result.thresholds.index(threshold)]
+
+def ours(rows: np.ndarray) -> np.ndarray:
+    return deduplicate(rows, THRESHOLD).kept[0]
+
+
+def ours_with_table(rows: np.ndarray) -> np.ndarray:
+    found = deduplicate(rows, THRESHOLD, also=TABLE)
+    return found.kept[found.thresholds.index(THRESHOLD)]
 
 
 def greedy(n: int, neighbours: Iterable[np.ndarray]) -> np.ndarray:
@@ -56,117 +74,53 @@ def greedy(n: int, neighbours: Iterable[np.ndarray]) -> np.ndarray:
     return kept
 
 
-def naive(rows: np.ndarray, threshold: float) -> np.ndarray:
-    """The whole matrix at once."""
-    near = rows @ rows.T > threshold
-    return greedy(len(rows), (np.flatnonzero(line[:row]) for row, line in enumerate(near)))
-
-
-def sklearn(rows: np.ndarray, threshold: float) -> np.ndarray:
-    from sklearn.neighbors import NearestNeighbors
-
-    index = NearestNeighbors(radius=1 - threshold, metric="cosine", algorithm="brute").fit(rows)
-    return greedy(len(rows), index.radius_neighbors(rows, return_distance=False))
-
-
-def faiss_topk(rows: np.ndarray, threshold: float, k: int = 1024) -> np.ndarray:
+def faiss_range(rows: np.ndarray) -> np.ndarray:
     import faiss
 
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
-    scores, near = index.search(rows, k)
-    return greedy(len(rows), (n[s > threshold] for n, s in zip(near, scores, strict=True)))
-
-
-def faiss_range(rows: np.ndarray, threshold: float) -> np.ndarray:
-    import faiss
-
-    index = faiss.IndexFlatIP(rows.shape[1])
-    index.add(rows)
-    limits, _, near = index.range_search(rows, threshold)
+    limits, _, near = index.range_search(rows, THRESHOLD)
     return greedy(len(rows), np.split(near, limits[1:-1].astype(np.int64)))
 
 
-METHODS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "ours": ours,
-    "ours-7-thresholds": ours_seven,
-    "faiss-range": faiss_range,
-    "faiss-topk": faiss_topk,
-    "sklearn": sklearn,
-    "naive": naive,
-}
+def faiss_k_and_filter(rows: np.ndarray, k: int = 1024) -> np.ndarray:
+    import faiss
+
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(rows)
+    scores, near = index.search(rows, min(k, len(rows)))
+    return greedy(len(rows), (n[s > THRESHOLD] for n, s in zip(near, scores, strict=True)))
 
 
-def peak_bytes() -> int:
-    """The highest resident size of this process (Linux)."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def semhash(rows: np.ndarray) -> np.ndarray:
+    from semhash import SemHash
+
+    names = [str(row) for row in range(len(rows))]
+    found = SemHash.from_embeddings(rows, names, model=None).self_deduplicate(THRESHOLD)
+    kept = np.zeros(len(rows), dtype=bool)
+    kept[[int(name) for name in found.selected]] = True
+    return kept
 
 
-def measure(method: str, n: int, threshold: float) -> None:
-    """In a process of its own: prints seconds, peak memory above the start in MB, and the kept rows."""
-    import torch
+def check(kept: np.ndarray, folder: Path) -> str:
+    wrong = int((kept != np.load(folder / "kept.npy")).sum())
+    return f"{wrong} rows wrong" if wrong else "yes"
 
-    rows = clustered(n)
-    METHODS[method](rows[:2000], threshold)  # imports and thread pools are not timed
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-    before = peak_bytes()
-    start = time.perf_counter()
-    kept = METHODS[method](rows, threshold)
-    seconds = time.perf_counter() - start
-    peak = peak_bytes()
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "extra_mb": (peak - before) / 1e6,
-                "peak_mb": peak / 1e6,
-                "threads": torch.get_num_threads(),
-                "kept": np.packbits(kept).tobytes().hex(),
-            }
-        )
+
+TASKS = [
+    Task(
+        "dedup",
+        make,
+        load,
+        {
+            "ours": ours,
+            "ours, seven thresholds": ours_with_table,
+            "faiss range_search": faiss_range,
+            "faiss k=1024 and filter": faiss_k_and_filter,
+            "semhash": semhash,
+        },
+        check,
+        growth={"": 2},
+        by_flag=("ours", "ours, seven thresholds"),
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--n", type=int, default=20_000)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threshold", type=float, default=0.85)
-    parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS))
-    parser.add_argument("--measure", choices=list(METHODS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        return measure(options.measure, options.n, options.threshold)
-
-    results: dict[str, list[dict]] = {}
-    for _ in range(options.runs):
-        for method in METHODS:
-            if method in options.skip:
-                continue
-            command = [sys.executable, __file__, "--measure", method, "--n", str(options.n)]
-            command += ["--threshold", str(options.threshold)]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode:
-                print(f"{method}: {run.stderr.strip().splitlines()[-1]}")
-            else:
-                results.setdefault(method, []).append(json.loads(run.stdout))
-    kept = {method: int(runs[0]["kept"], 16) for method, runs in results.items()}
-    base = statistics.median(run["seconds"] for run in results["ours"])
-    print(
-        f"{options.n} rows, threshold {options.threshold}: {kept['ours'].bit_count()} kept; "
-        f"{results['ours'][0]['threads']} threads"
-    )
-    print(f"{'':20}{'median s':>9}{'min..max':>16}{'/ ours':>8}{'extra MB':>10}{'peak MB':>9}  kept as ours")
-    for method, runs in results.items():
-        seconds = [run["seconds"] for run in runs]
-        middle, span = statistics.median(seconds), f"{min(seconds):.2f}..{max(seconds):.2f}"
-        extra, peak = (max(run[key] for run in runs) for key in ("extra_mb", "peak_mb"))
-        differ = (kept[method] ^ kept["ours"]).bit_count()
-        print(
-            f"{method:20}{middle:9.2f}{span:>16}{middle / base:8.1f}{extra:10.0f}{peak:9.0f}  "
-            f"{f'no: {differ} rows differ' if differ else 'yes'}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+]

@@ -1,125 +1,119 @@
-"""KNN regression against what people use: interleaved runs, medians, ratios, deviations, peak memory.
+"""knn: neighbours and their weighted mean against what people use; the search of their number and power beside it.
 
-    python bench/knn.py --queries 16000 --keys 60000 --runs 3
-    python bench/knn.py --queries 2000 --keys 60000 --k 1024 --skip sklearn
-
-Each run is a process of its own, so that its peak memory is its own; a small run before it pays for imports.
-On a busy machine compare CPU seconds under OMP_NUM_THREADS=1: threads that wait for others spin.
-The last line is `grid_scores` on ours' neighbours: what the whole search of k and distance_dim adds.
+As many keys as rows, and a fifth as many queries: a fold's.
 """
 
-import argparse
-import multiprocessing
-import resource
-import statistics
-import time
+from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 
-POWER, EPS = 4.0, 1e-6
+from bench.harness import Task, Work, from_right
+from img2prompt.model_b.choice import DISTANCE_DIM_GRID, K_GRID
+from img2prompt.model_b.neighbours import Neighbours, nearest
+from img2prompt.model_b.regression import grid_scores, regress
+
+K, POWER, EPS, WIDTH = 100, 4.0, 1e-6, 512
+CHECKED = 256  # queries
 
 
-def images(n: int, d: int, rng: np.random.Generator, centres: np.ndarray) -> np.ndarray:
+def images(n: int, centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(n, d) float32 at norm 1 around shared centres, with cosines like those between images in CLIP."""
-    rows = centres[rng.integers(len(centres), size=n)] + 0.7 * rng.standard_normal((n, d), dtype=np.float32)
-    rows[:, : d // 8] += 1.5
+    rows = centres[rng.integers(len(centres), size=n)] + 0.7 * rng.standard_normal((n, WIDTH), dtype=np.float32)
+    rows[:, : WIDTH // 8] += 1.5
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def ours(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
-    from img2prompt.model_b.neighbours import nearest
-    from img2prompt.model_b.regression import regress
+def make(folder: Path, rows: int) -> Work:
+    """queries.npy, keys.npy, targets.npy; right.npy: the first predictions in float64. The work: the product."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((500, WIDTH), dtype=np.float32)
+    queries, keys = images(rows // 5, centres, rng), images(rows, centres, rng)
+    targets = rng.standard_normal((rows, 384), dtype=np.float32)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    right = []
+    for query in queries[:CHECKED].astype(np.float64):
+        distance = np.linalg.norm(keys - query, axis=1)
+        near = np.argsort(distance, kind="stable")[:K]
+        right.append((1 / (distance[near] ** POWER + EPS)) @ targets[near])
+    for name, array in {"queries": queries, "keys": keys, "targets": targets, "right": np.array(right)}.items():
+        np.save(folder / f"{name}.npy", array)
+    return Work(operations=2 * WIDTH * len(queries) * len(keys))
 
-    return regress(nearest(queries, keys, k), targets, k, POWER, EPS, 1.0)
+
+def load(folder: Path, rows: int) -> tuple[np.ndarray, ...]:
+    queries, keys, targets = (np.load(folder / f"{name}.npy") for name in ("queries", "keys", "targets"))
+    return queries[: rows // 5], keys[:rows], targets[:rows]
 
 
-def sklearn(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
+def ours(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return regress(nearest(queries, keys, K), targets, K, POWER, EPS, 1.0)
+
+
+def sklearn(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
     from sklearn.neighbors import KNeighborsRegressor
 
-    model = KNeighborsRegressor(k, weights=lambda d: 1 / (d**POWER + EPS), algorithm="brute")
-    predicted = model.fit(keys, targets).predict(queries)
-    return predicted / np.linalg.norm(predicted, axis=1, keepdims=True)
+    model = KNeighborsRegressor(K, weights=lambda d: 1 / (d**POWER + EPS), algorithm="brute")
+    return model.fit(keys, targets).predict(queries)
 
 
-def cdist(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
-    """What one writes by hand in torch, 1024 queries at a time because 16K x 60K distances are 4 GB."""
+def faiss(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """A mean for each query: targets[near] of all of them would be gigabytes."""
+    import faiss
+
+    index = faiss.IndexFlatL2(keys.shape[1])
+    index.add(keys)
+    squares, near = index.search(queries, K)
+    weights = 1 / (np.sqrt(np.maximum(squares, 0)) ** POWER + EPS)
+    return np.stack([own @ targets[rows] for own, rows in zip(weights, near, strict=True)])
+
+
+def cdist(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """What one writes by hand in torch, 1024 queries at a time."""
     import torch
 
     queries, keys, targets = (torch.from_numpy(x) for x in (queries, keys, targets))
     predicted = []
     for block in queries.split(1024):
-        distance, index = torch.cdist(block, keys).topk(k, dim=1, largest=False)
+        distance, index = torch.cdist(block, keys).topk(K, dim=1, largest=False)
         weight = 1 / (distance**POWER + EPS)
         predicted.append((targets[index] * weight[..., None]).sum(dim=1))
-    return torch.nn.functional.normalize(torch.cat(predicted)).numpy()
+    return torch.cat(predicted).numpy()
 
 
-def grid(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray, k: int) -> float:
-    """Seconds of the search alone; the neighbours are found before the clock starts."""
-    from img2prompt.model_b.choice import DISTANCE_DIM_GRID, K_GRID
-    from img2prompt.model_b.neighbours import nearest
-    from img2prompt.model_b.regression import grid_scores
-
-    neighbours = nearest(queries, keys, k)
-    ks = tuple(size for size in K_GRID if size <= k)
-    start = time.perf_counter()
-    grid_scores(neighbours, targets, targets[: len(queries)], ks, DISTANCE_DIM_GRID, EPS, 1.0)
-    return time.perf_counter() - start
+def check(predicted: np.ndarray, folder: Path) -> str:
+    return from_right(predicted, np.load(folder / "right.npy"))
 
 
-METHODS = {"ours": ours, "sklearn": sklearn, "cdist": cdist}
+def most_neighbours(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray) -> Neighbours:
+    return nearest(queries, keys, min(K_GRID[-1], len(keys)))
 
 
-def measure(name: str) -> tuple[float, float, float, np.ndarray]:
-    """Seconds, CPU seconds, MB beyond what the data take, predictions; in a process forked with DATA."""
-    *data, k = DATA
-    METHODS[name](data[0][:64], data[1][:2000], data[2][:2000], k)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start, cpu_start = time.perf_counter(), time.process_time()
-    predicted = METHODS[name](*DATA)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    return seconds, cpu, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, predicted
+def searched(queries: np.ndarray, keys: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The cosines of every setting with the first targets, in place of the queries' own."""
+    found = most_neighbours(queries, keys, targets)
+    ks = tuple(k for k in K_GRID if k <= found.index.shape[1])
+    return grid_scores(found, targets, targets[: len(queries)], ks, DISTANCE_DIM_GRID, EPS, 1.0)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=16_000)
-    parser.add_argument("--keys", type=int, default=60_000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], choices=METHODS)
-    args = parser.parse_args()
-
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((500, args.dim), dtype=np.float32)
-    targets = rng.standard_normal((args.keys, 384), dtype=np.float32)
-    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
-    DATA = (
-        images(args.queries, args.dim, rng, centres),
-        images(args.keys, args.dim, rng, centres),
-        targets,
-        args.k,
-    )
-    names = [name for name in METHODS if name not in args.skip]
-    seconds, cpu, memory, other = ({name: [] for name in names} for _ in range(4))
-    reference = np.empty(0)
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for _ in range(args.runs):
-            for name in names:
-                took, busy, extra, predicted = pool.apply(measure, (name,))
-                reference = predicted if name == "ours" else reference
-                cosine = (predicted.astype(np.float64) * reference).sum(axis=1)
-                seconds[name].append(took)
-                cpu[name].append(busy)
-                memory[name].append(extra)
-                other[name].append(int((cosine < 1 - 1e-5).sum()))
-        for name in names:
-            took, busy = statistics.median(seconds[name]), statistics.median(cpu[name])
-            print(
-                f"{name:8} {took:7.2f} s {took / statistics.median(seconds['ours']):5.2f} x ours   "
-                f"CPU {busy:7.2f} s {busy / statistics.median(cpu['ours']):5.2f} x ours   "
-                f"+{max(memory[name]):4.0f} MB   rows that differ by 1e-5 in cosine: {max(other[name])}"
-            )
-        took = statistics.median(pool.apply(grid, DATA) for _ in range(args.runs))
-        print(f"{'grid':8} {took:8.2f} s")
+TASKS = [
+    Task(
+        "knn",
+        make,
+        load,
+        {"ours": ours, "sklearn": sklearn, "faiss": faiss, "torch cdist": cdist},
+        check,
+        growth={"": 2},
+        by_flag=("ours",),
+    ),
+    Task(
+        "knn: search",
+        make,
+        load,
+        {"ours": searched, "the neighbours alone": most_neighbours},
+        lambda *_: "",
+        growth={"": 2},
+        by_flag=("ours", "the neighbours alone"),
+    ),
+]

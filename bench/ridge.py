@@ -1,47 +1,90 @@
-"""Ridge regression with leave-one-group-out against a solve of every group's own size, and its weights' difference.
+"""ridge, a part of model_a: the regressions of all folds, each with its strength, against 40 of scikit-learn's."""
 
-    python bench/ridge.py --n 20000 --d 1024 --largest 4000
+from __future__ import annotations
 
-Both fit the same 29 strengths from one eigendecomposition; the peer solves a g x g system for a group of g rows.
-"""
-
-import argparse
-import time
-from unittest import mock
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from img2prompt.model_a import ridge as module
+from bench.harness import Task, Work, from_right
+from img2prompt.core.blocks import Stack
+from img2prompt.model_a.ridge import ridge
+
+WIDTH, FOLDS = 768, 5  # of a ViT-B's pooled features; row i is in fold i % 5
+STRENGTHS = 10 ** np.linspace(-3, 4, 29)[::4]  # eight of ours, over the number of rows
+CHECKED = 256  # rows of the first fold
 
 
-def by_group_size(self: module._Basis, residual: Tensor, shrink: Tensor) -> None:
-    for rows, left in self.sizes.views(self.rows, residual):
-        hat = (rows * shrink) @ rows.mT + self.intercept
-        left.copy_(torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, left))
+class Fit(NamedTuple):
+    """Predictions (n, 384) out of fold, and the strength of each fold."""
+
+    predictions: np.ndarray
+    strengths: list[float]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=20_000)
-    parser.add_argument("--d", type=int, default=1024)
-    parser.add_argument("--largest", type=int, default=4000)
-    args = parser.parse_args()
+def features(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, WIDTH) float32, and targets (n, 384) float32 at norm 1 of which they tell with noise."""
+    rng = np.random.default_rng(seed)
+    targets = rng.standard_normal((n, 384), dtype=np.float32)
+    targets[:, :48] += 1.0
+    telling = targets @ (rng.standard_normal((384, WIDTH), dtype=np.float32) / 20)
+    pooled = np.tanh(telling) + rng.standard_normal((n, WIDTH), dtype=np.float32)
+    return pooled, targets / np.linalg.norm(targets, axis=1, keepdims=True)
 
-    rng = np.random.default_rng(0)
-    groups = np.concatenate([np.zeros(args.largest, int), 1 + np.arange(args.n - args.largest) // 3])
-    x = rng.standard_normal((args.n, args.d), dtype=np.float32)
-    y = x @ rng.standard_normal((args.d, 384), dtype=np.float32) / args.d**0.5 + rng.standard_normal((args.n, 384))
-    features, targets = torch.from_numpy(x), torch.nn.functional.normalize(torch.from_numpy(y.astype(np.float32)))
-    start = time.perf_counter()
-    ours = module.ridge(features, targets, groups)
-    fast = time.perf_counter() - start
-    print(f"{'ours':24} {fast:8.1f} s", flush=True)
-    with mock.patch.object(module._Basis, "leave_out", by_group_size):
-        start = time.perf_counter()
-        theirs = module.ridge(features, targets, groups)
-        slow = time.perf_counter() - start
-    difference = float((ours.weight - theirs.weight).abs().max())
-    print(f"{'a solve of g x g':24} {slow:8.1f} s  ours is {slow / fast:.1f} times as fast")
-    print(f"weights differ by {difference:.1e} at most, strengths {ours.strength:.0f} and {theirs.strength:.0f}")
+
+def make(folder: Path, rows: int) -> Work:
+    """pooled.npy and targets.npy. No limit: it takes products of several precisions and decompositions."""
+    for name, array in zip(("pooled", "targets"), features(rows), strict=True):
+        np.save(folder / f"{name}.npy", array)
+    return Work()
+
+
+def load(folder: Path, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    return np.load(folder / "pooled.npy")[:rows], np.load(folder / "targets.npy")[:rows]
+
+
+def ours(pooled: np.ndarray, targets: np.ndarray) -> Fit:
+    """As a fold's start: the strength is chosen by leave-one-group-out, groups of three."""
+    fold, predictions, strengths = np.arange(len(pooled)) % FOLDS, np.empty_like(targets), []
+    for held_out in range(FOLDS):
+        rows = np.flatnonzero(fold != held_out)
+        found = ridge(Stack([pooled], rows), Stack([targets], rows), rows // 3)
+        x = (torch.from_numpy(pooled[fold == held_out]) - found.mean) / found.std
+        predictions[fold == held_out] = (x @ found.weight.T + found.bias).numpy()
+        strengths.append(found.strength)
+    return Fit(predictions, strengths)
+
+
+def sklearn(pooled: np.ndarray, targets: np.ndarray) -> Fit:
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    fold, predictions, strengths = np.arange(len(pooled)) % FOLDS, np.empty_like(targets), []
+    for held_out in range(FOLDS):
+        rows, unseen = fold != held_out, fold == held_out
+        scaler = StandardScaler().fit(pooled[rows])
+        x, x_unseen, best = scaler.transform(pooled[rows]), scaler.transform(pooled[unseen]), (-1.0, 0.0, None)
+        for strength in rows.sum() * STRENGTHS:
+            found = Ridge(strength).fit(x, targets[rows]).predict(x_unseen)
+            score = ((found * targets[unseen]).sum(1) / np.linalg.norm(found, axis=1)).mean()
+            best = max(best, (score, strength, found), key=lambda tried: tried[0])
+        predictions[unseen] = best[2]
+        strengths.append(best[1])
+    return Fit(predictions, strengths)
+
+
+def check(fit: Fit, folder: Path) -> str:
+    """Against the normal equations of the first fold in float64, at the strength that was chosen."""
+    pooled, targets = load(folder, len(fit.predictions))
+    rows = np.arange(len(pooled)) % FOLDS != 0
+    x, y = pooled[rows].astype(np.float64), targets[rows].astype(np.float64)
+    mean, std, middle = x.mean(0), x.std(0), y.mean(0)
+    x = (x - mean) / std
+    weight = np.linalg.solve(x.T @ x + fit.strengths[0] * np.eye(WIDTH), x.T @ (y - middle))
+    right = (pooled[~rows][:CHECKED] - mean) / std @ weight + middle
+    return from_right(fit.predictions[~rows], right)
+
+
+TASKS = [Task("ridge", make, load, {"ours": ours, "40 fits of scikit-learn": sklearn}, check, growth={"": 1})]
