@@ -19,6 +19,7 @@ from torch import nn
 from bench import dedup, embed_images, embed_prompts, ensemble, knn, model_a, submit
 from bench.harness import Task, Work
 from img2prompt.clip.model import save_clip
+from img2prompt.core.images import read_image
 from img2prompt.core.metric import cosine, unit
 from img2prompt.core.storage import read_json, write_json
 from img2prompt.ensemble.weights import mix
@@ -55,10 +56,14 @@ class Clock:
 
 
 def make(folder: Path, rows: int) -> Work:
-    """train.tar with the images, rows.json, and clip/."""
+    """The images, rows.json, and clip/."""
     scenes = [(row.prompt, row.scene) for row in generate(rows, seed=0)]
-    batch = drawn(scenes, folder / "train.tar", folder)
-    write_json(folder / "rows.json", [[row.prompt, row.image] for row in batch.rows])
+    listed = []
+    for row in drawn(scenes, folder / "train.tar", folder).rows:
+        file = folder / f"{row.id}.jpg"
+        file.write_bytes(read_image(row.image))
+        listed.append([row.prompt, str(file)])
+    write_json(folder / "rows.json", listed)
     (folder / "clip").mkdir()
     model, tokenizer = small_clip.untrained("lite0", 0, SIDE)
     save_clip(model, tokenizer, small_clip.config("lite0", SIDE), folder / "clip")
