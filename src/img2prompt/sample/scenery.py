@@ -41,7 +41,7 @@ def _place(name: str, size: int, variant: int) -> Image.Image:
     top, bottom, ground, horizon, props = words().places[name].draw
     rng = Random(f"{name}/{variant}")
     level = int(horizon) * size // 100
-    canvas = _gradient(size, rgb(top), rgb(bottom), level)
+    canvas = _gradient(size, rgb(top), rgb(bottom), level).copy()
     haze = rgb(bottom)
     if ground != "none":
         near = tuple(channel * 7 // 10 for channel in rgb(ground))
@@ -66,6 +66,7 @@ def _hazy(glyph: str, haze: Rgb) -> Image.Image:
     return faded
 
 
+@lru_cache(maxsize=256)
 def _gradient(size: int, top: Rgb, bottom: Rgb, height: int) -> Image.Image:
     """A square image whose first `height` rows go from one colour to the other."""
     share = np.linspace(0, 1, max(height, 1), dtype=np.float32)[:, None]
