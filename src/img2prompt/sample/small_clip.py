@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from img2prompt.clip.model import save_clip
 from img2prompt.clip.towers import project, tower
+from img2prompt.core.blocks import blocks
 from img2prompt.core.images import open_image
 from img2prompt.core.process import threads
 from img2prompt.core.progress import progress
@@ -27,6 +28,9 @@ from img2prompt.core.storage import grow, whole
 from img2prompt.sample.render import render
 from img2prompt.sample.scenes import PromptedScene
 
+# Batches of images that are drawn or read before a tower sees them: both keep all cores busy, and the threads of a
+# tower wait for the slowest.
+TOGETHER = 4
 PREPROCESS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -181,17 +185,18 @@ def pooled_features(
 
     @torch.no_grad()
     def run(left: Sequence[Sequence[tuple]]) -> Iterator[dict[str, np.ndarray]]:
-        calls = [call for batch in left for call in batch]
-        done = Parallel(n_jobs=threads(), return_as="generator")(calls)
-        seen = iter(progress(done, what, len(calls), "image"))
-        for batch in left:
-            part = list(islice(seen, len(batch)))
-            outputs = {}
-            for number, (layers, transform) in enumerate(zip(towers, transforms, strict=True)):
-                x = torch.stack([transform(image) for image in part])
-                pooled = layers(x.to(device, memory_format=torch.channels_last)).float()
-                outputs[f"tower_{number}"] = pooled.cpu().numpy()
-            yield outputs
+        with Parallel(n_jobs=threads()) as workers, progress(None, what, sum(map(len, left)), "image") as bar:
+            for part in blocks(len(left), TOGETHER):
+                ready = iter(workers(call for batch in left[part] for call in batch))
+                for batch in left[part]:
+                    seen = list(islice(ready, len(batch)))
+                    outputs = {}
+                    for number, (layers, transform) in enumerate(zip(towers, transforms, strict=True)):
+                        x = torch.stack([transform(image) for image in seen])
+                        pooled = layers(x.to(device, memory_format=torch.channels_last)).float()
+                        outputs[f"tower_{number}"] = pooled.cpu().numpy()
+                    yield outputs
+                    bar.update(len(batch))
 
     batches = [images[start : start + 64] for start in range(0, len(images), 64)]
     files = grow(resume, batches, run)
