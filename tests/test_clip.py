@@ -296,6 +296,23 @@ def test_contrastive_training_finds_pairs_and_folds_standardisation_in(tmp_path)
     assert small_clip.retrieval(images, texts) == {"R@1": 1.0, "R@10": 1.0}
 
 
+def test_embeddings_of_tokens_in_no_prompt_decay_as_if_they_were_trained(tmp_path):
+    model, tokenizer = small_clip.untrained("lite0", seed=0, size=128)
+    unsaid = tokenizer(["zebra"])[0, 1]
+    table = model.text.token_embedding.weight
+    row = torch.nn.Parameter(table[unsaid].clone())
+    row.grad = torch.zeros_like(row)
+    optimiser = torch.optim.AdamW([row], lr=1e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1e-3, total_steps=5, pct_start=0.1)
+    for _ in range(5):
+        optimiser.step()
+        schedule.step()
+    tokens = tokenizer(["cat", "dog"] * 8)
+    small_clip.train(model, torch.randn(16, 1280), tokens, own=torch.randn(32, 1280), epochs=5, seed=0, resume=tmp_path)
+    assert model.text.token_embedding.weight is table
+    assert torch.equal(table[unsaid], row)
+
+
 def test_the_projection_keeps_what_tells_the_competitions_own_images_apart(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = small_clip.untrained("lite0", seed=0, size=128)

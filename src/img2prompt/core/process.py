@@ -33,10 +33,11 @@ def threads() -> int:
 
 
 def settle() -> None:
-    """Set the environment variables that numpy and torch read on import, and how freed memory is kept; call it before.
+    """Set the environment variables that numpy and torch read on import; call it before they are imported.
 
     Floating-point sums depend on the number of threads, so it is set here and not left to what a shell happens to
-    export. IMG2PROMPT_THREADS overrides the number of cores, for machines that are shared.
+    export. IMG2PROMPT_THREADS overrides the number of cores, for machines that are shared. Memory that is freed stays
+    with the process, up to KEPT.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         os.environ[name] = str(threads())

@@ -94,6 +94,9 @@ def train(
     with torch.no_grad():
         projection.weight.copy_(torch.linalg.eigh(covariance).eigenvectors[:, -len(projection.weight) :].T)
         projection.bias.zero_()
+    # Most tokens are in no prompt: their embeddings decay, and nothing else ever happens to them.
+    table, (used, tokens) = model.text.token_embedding, tokens.unique(return_inverse=True)
+    model.text.token_embedding = nn.Embedding.from_pretrained(table.weight[used], freeze=False)
     groups = [
         {"params": [*model.text.parameters(), model.logit_scale], "lr": 1e-3},
         {"params": list(projection.parameters()), "lr": 1e-4, "weight_decay": 0.0},
@@ -102,6 +105,13 @@ def train(
     batch = min(512, len(features))
     steps = epochs * (len(features) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=[1e-3, 1e-4], total_steps=steps, pct_start=0.1)
+
+    @torch.no_grad()
+    def advance() -> None:
+        of_texts = optimiser.param_groups[0]
+        table.weight.mul_(1 - of_texts["lr"] * of_texts["weight_decay"])
+        schedule.step()
+
     loss = ClipLoss()
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -110,7 +120,11 @@ def train(
     files = [resume / f"epoch_{number}.safetensors" for number in range(1, epochs + 1)]
     done = max((number for number, file in enumerate(files, start=1) if file.is_file()), default=0)
     if done:
-        _load(files[done - 1], trained, optimiser, schedule)
+        _load(files[done - 1], trained, optimiser)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a warning that the optimiser has not stepped yet
+            for _ in range(done * (steps // epochs)):
+                advance()
     with progress(None, "training the sample's CLIP", steps, "step") as bar:
         bar.update(done * (steps // epochs))
         for file, order in list(zip(files, orders, strict=True))[done:]:
@@ -121,7 +135,7 @@ def train(
                 optimiser.zero_grad()
                 loss(images, texts, model.logit_scale.exp()).backward()
                 optimiser.step()
-                schedule.step()
+                advance()
                 model.logit_scale.data.clamp_(0, 4.6052)  # CLIP's bound on the logit scale: ln 100
                 bar.update()
             _save(file, trained, optimiser)
@@ -129,6 +143,8 @@ def train(
                 former.unlink(missing_ok=True)
     model.eval()
     with torch.no_grad():
+        table.weight[used] = model.text.token_embedding.weight
+        model.text.token_embedding = table
         projection.weight.div_(std)
         projection.bias.sub_(projection.weight @ mean)
 
@@ -141,12 +157,7 @@ def _save(path: Path, trained: list[nn.Parameter], optimiser: torch.optim.Optimi
         save_file(tensors, aside)
 
 
-def _load(
-    path: Path,
-    trained: list[nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> None:
+def _load(path: Path, trained: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
     for name, value in load_file(path).items():
         index, _, key = name.partition(".")
         parameter = trained[int(index)]
@@ -154,12 +165,6 @@ def _load(
             parameter.data.copy_(value)
         else:
             optimiser.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-    # Bring the learning rates to this step, as if all steps before it had been taken here.
-    steps = int(optimiser.state[trained[0]]["step"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a warning that the optimiser has not stepped yet
-        for _ in range(steps):
-            schedule.step()
 
 
 def retrieval(images: Tensor, texts: Tensor, ranks: Sequence[int] = (1, 10)) -> dict[str, float]:
