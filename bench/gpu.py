@@ -138,9 +138,9 @@ if __name__ == "__main__":
         ):
             pass
     with watched("embedding", args.images, forward):
-        files = image_features(clip, references, embedder, args.batch, home / "found", "train")
-    found = {path.stem.removeprefix("train_"): np.load(path, mmap_mode="r") for path in files}
-    print(f"store: {files[-1].stat().st_size / 1e9:.1f} GB")
+        files = image_features({"0": embedder}, references, args.batch, home / "found", "train")
+    found = {name.removeprefix("0/train_"): np.load(path, mmap_mode="r") for name, path in files.items()}
+    print(f"store: {found['frozen'].nbytes / 1e9:.1f} GB")
 
     rng = np.random.default_rng(0)
     targets = rng.normal(size=(args.images, 384)).astype(np.float32)
