@@ -117,7 +117,8 @@ def dressed(thing: Thing) -> Image.Image:
     if shape in SHAPES:
         return SHAPES[shape](sprite)
     pixels = np.array(sprite)
-    light = pixels[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    # Of a view: BLAS would multiply a copy of three channels, with other last digits, which change some pixels.
+    light = pixels.astype(np.float32)[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     shade = np.where(light < 0.2, 0.12, 0.45 + 0.6 * light)[..., None]  # keeps the drawing's black outline
     pixels[..., :3] = (swatch_of(thing.look) * shade).clip(0, 255)
     return with_halo(Image.fromarray(pixels))
