@@ -12,6 +12,7 @@ from PIL import Image
 
 from img2prompt.cli.main import main
 from img2prompt.model_a.validation import Gain
+from img2prompt.prompts import encoder
 
 IDS, HELD_OUT = [3, 7, 9], 3
 STAGES = ["prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "freeze"]
@@ -56,8 +57,16 @@ def searched():
     return pd.read_csv("outputs/search.csv").drop(columns="seconds")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Each text is a batch of its own: the last digits of its embedding depend on what shares its batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "ON_CPU", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, tiny_clip):
+def learned(alone, tmp_path_factory, tiny_clip):
     """A folder where the chain has learned, with every guard in use; the prompts, and those without images."""
     folder = tmp_path_factory.mktemp("leaks")
     with pytest.MonkeyPatch.context() as patch:
@@ -74,6 +83,7 @@ def learned(tmp_path_factory, tiny_clip):
             prepare={"train": ["input/train", "input/more.txt"], "test": "input/train"},
             folds={"ids": IDS},
             clip={"model": str(tiny_clip)},
+            embed_images={"batch_size": 1},
             model_a={
                 "unfreeze": 2,
                 "pretrain": True,
