@@ -69,8 +69,8 @@ def features(folder: Path, images: list[str]) -> dict[str, np.ndarray]:
     """As the stage does it: `image` and `pooled`."""
     embedder = Embedder(clip(folder), "cpu", 0, ["image", "pooled"])
     with tempfile.TemporaryDirectory() as resume:
-        files = image_features(clip(folder), images, embedder, BATCH, Path(resume), "train")
-        return {file.stem.removeprefix("train_"): np.load(file) for file in files}
+        files = image_features({"0": embedder}, images, BATCH, Path(resume), "train")
+        return {name.removeprefix("0/train_"): np.load(file) for name, file in files.items()}
 
 
 class Files(Dataset):
