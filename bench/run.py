@@ -27,6 +27,7 @@ import matplotlib as mpl  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 from bench.harness import FP32, OURS, Limits, Task, Work, alone, limits, make, measure, tasks  # noqa: E402
 from img2prompt.cli.documents import caption, put  # noqa: E402
@@ -161,6 +162,7 @@ def merged(new: pd.DataFrame, path: Path) -> pd.DataFrame:
     if path.is_file():
         old = pd.read_csv(path, dtype={"identical": str})
         new = pd.concat([old[~base(old).isin(base(new))], new])
+    new = new.astype({"rows": "Int64"})  # the limits have none
     order = {stage: place for place, stage in enumerate((*STAGES, MACHINE))}
     new = new.iloc[np.argsort(base(new).map(order).to_numpy(), kind="stable")].reset_index(drop=True)
     ours = new[new.variant == OURS].set_index(["stage", "rows"]).seconds
@@ -224,11 +226,11 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         figure = Figure(figsize=(10, 1.2 + 0.24 * len(names)), layout="constrained")
         ratios, shares = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for rows, own in frame.groupby("rows"):
-            for some, fill in ((own[own.runs > 0], "full"), (own[own.runs == 0], "none")):
+            for some, fill, size in ((own[own.runs > 0], "full", 5), (own[own.runs == 0], "none", 9)):
                 places = [place[key] for key in zip(some.stage, some.variant, strict=True)]
                 colour = colours.get(rows, "#9aa0a6")
-                ratios.plot(some.ratio, places, "o", color=colour, fillstyle=fill, markersize=5)
-                shares.plot(100 * some.share_of_limit, places, "o", color=colour, fillstyle=fill, markersize=5)
+                ratios.plot(some.ratio, places, "o", color=colour, fillstyle=fill, markersize=size)
+                shares.plot(100 * some.share_of_limit, places, "o", color=colour, fillstyle=fill, markersize=size)
         for axes in (ratios, shares):
             for row in names.index[1:]:
                 if names.stage[row] != names.stage[row - 1]:
@@ -239,13 +241,9 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         ratios.xaxis.set_major_formatter("{x:g}")
         ratios.invert_yaxis()
         shares.set(xlabel="of what the machine can do at most, %", xlim=(0, None))
-        marks = [
-            mpl.lines.Line2D([], [], marker="o", linestyle="", color=colour, label=f"{rows:,} rows")
-            for rows, colour in colours.items()
-        ]
-        marks.append(
-            mpl.lines.Line2D([], [], marker="o", linestyle="", color="#9aa0a6", fillstyle="none", label="by arithmetic")
-        )
+        legend = [(f"{rows:,} rows", colour, "full") for rows, colour in colours.items()]
+        legend += [("other rows", "#9aa0a6", "full"), ("by arithmetic", "#9aa0a6", "none")]
+        marks = [Line2D([], [], color=c, marker="o", linestyle="", fillstyle=fill, label=x) for x, c, fill in legend]
         figure.legend(handles=marks, loc="outside upper right", ncols=len(marks), frameon=False)
         figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
 

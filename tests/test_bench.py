@@ -163,10 +163,12 @@ def test_ours_is_right_and_so_are_exact_peers(name, tmp_path):
     assert "ours" in found
 
 
-SOUGHT = ["ensemble: weights", *(pytest.param(name, marks=pytest.mark.slow) for name in ("model_a: head", "recipe"))]
+SOUGHT = ["model_a: head", "model_a: head, from its start", "recipe"]
 
 
-@pytest.mark.parametrize("name", SOUGHT)
+@pytest.mark.parametrize(
+    "name", ["ensemble: weights", *(pytest.param(name, marks=pytest.mark.slow) for name in SOUGHT)]
+)
 def test_what_ours_seeks_it_finds_as_well_as_its_peers(name, tmp_path):
     found = results(name, tmp_path / "inputs", 500)
     scores = {variant: float(said.removeprefix("score ")) for variant, said in found.items()}
