@@ -42,7 +42,7 @@ class Images(Dataset):
         self._references, self._transform = list(references), transform
 
     def __getitem__(self, key: tuple[int, int | None]) -> Tensor | list[Tensor]:
-        """The transformed image of `(row, epoch)`: (3, size, size) float32."""
+        """The transformed image of `(row, epoch)`: (3, size, size) float32, or a list of such."""
         return self._transform(self.look(*key))
 
     def look(self, row: int, epoch: int | None) -> Image.Image:
@@ -55,7 +55,7 @@ class Images(Dataset):
         return len(self._references)
 
     def batches(self, rows: list[np.ndarray], epoch: int | None = None) -> Iterator[Any]:
-        """Yield (b, 3, size, size) float32 for each batch of row numbers; worker processes read ahead."""
+        """Yield (b, 3, size, size) float32, or a list of such, for each batch of row numbers; processes read ahead."""
         yield from read_ahead(self, [[(int(row), epoch) for row in batch] for batch in rows])
 
 

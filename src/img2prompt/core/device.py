@@ -73,7 +73,7 @@ def half_precision(device: str) -> torch.dtype:
 
 
 def autocast(device: str, dtype: torch.dtype | None = None) -> torch.autocast:
-    """Mixed precision on CUDA, in `dtype` or `half_precision`; elsewhere none: CPUs run small towers faster in fp32."""
+    """Mixed precision on CUDA, in `dtype` or `half_precision`; elsewhere none: CPUs have `half_products`."""
     return torch.autocast("cuda", dtype or half_precision(device), enabled=on_cuda(device))
 
 
