@@ -15,7 +15,7 @@ from torch import Tensor
 from img2prompt.core.blocks import Stack, blocks
 from img2prompt.model_a.validation import draw_groups
 
-CHOOSING = 20_000  # rows, at most, that choose a strength: 29 of them on a million rows would take an hour
+CHOOSING = 10_000  # rows, at most, that choose a strength
 TOGETHER = 512  # rows whose groups are left out at once: as many as the processor's caches hold
 Rows = np.ndarray | Stack | Tensor
 
@@ -161,6 +161,11 @@ class _Sizes:
             shapes += [(part.stop - part.start, g) for part in blocks(count, max(1, TOGETHER // g))]
         return cls(np.lexsort((own, sizes[own])), shapes)
 
+    @property
+    def mean(self) -> float:
+        """The mean over rows of the size of their group."""
+        return sum(m * g * g for m, g in self.shapes) / len(self.order)
+
     def views(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Of tensors (n, c) in this order, for every shape, their views (m, g, c)."""
         start = 0
@@ -194,7 +199,8 @@ class _Basis:
         for (rows, left), grams in zip(self.sizes.views(self.rows, residual), self.grams, strict=True):
             if grams is None:
                 hat = (rows * shrink) @ rows.mT + self.intercept
-                left.copy_(torch.linalg.solve(torch.eye(rows.shape[1], dtype=hat.dtype) - hat, left))
+                # Not `solve`, which copies the many right sides to and fro.
+                left.copy_(torch.linalg.inv(torch.eye(rows.shape[1], dtype=hat.dtype) - hat) @ left)
                 continue
             for own, r, gram in zip(rows, left, grams, strict=True):
                 wide = self._wide(own)
@@ -204,23 +210,34 @@ class _Basis:
 
 
 class _Spectrum:
-    """The eigendecomposition from which the fits of every strength on rows x (n, p) of mean 0 follow."""
+    """The eigendecomposition from which the fits of every strength to rows x (n, p), outputs (n, o) of mean 0 follow.
 
-    def __init__(self, x: Tensor, gram: Tensor, sizes: _Sizes) -> None:
+    Only it is float64: what chooses a strength is float32, at half the time.
+    """
+
+    def __init__(self, x: Tensor, gram: Tensor, outputs: Tensor, sizes: _Sizes) -> None:
         values, vectors = torch.linalg.eigh(gram)
-        self.values = values.clamp(min=0)
+        self.values, self.outputs = values.clamp(min=0).float(), outputs.float()
         # Rows in the eigenbasis: the fit at strength s is basis @ diag(shrink(s)) @ basis.T @ outputs.
-        self.basis = _Basis((x @ vectors) / values.clamp(min=1e-9).sqrt(), sizes, len(x))
+        self.basis = _Basis(((x @ vectors) / values.clamp(min=1e-9).sqrt()).float(), sizes, len(x))
+        self.projected = self.basis.rows.T @ self.outputs
 
-    def left_out(self, outputs: Tensor, projected: Tensor, strength: float) -> Tensor:
-        """Outputs (n, o) of mean 0 minus each row's prediction without the rows of its group.
-
-        projected (p, o): the basis' products with the outputs.
-        """
+    def left_out(self, strength: float) -> Tensor:
+        """Outputs minus each row's prediction without the rows of its group, (n, o)."""
         shrink = self.values / (self.values + strength)
-        residual = torch.addmm(outputs, self.basis.rows, shrink[:, None] * projected, alpha=-1)
+        residual = torch.addmm(self.outputs, self.basis.rows, shrink[:, None] * self.projected, alpha=-1)
         self.basis.leave_out(residual, shrink)
         return residual
+
+    def expected(self, strength: float, count: int, size: float) -> float:
+        """About the squared error of the first `count` outputs of rows predicted without `size` rows like them.
+
+        That is generalised cross-validation (Golub, Heath and Wahba 1979), which knows no groups, for a size of 1.
+        """
+        shrink = self.values / (self.values + strength)
+        explained = (self.projected[:, :count].square().sum(dim=1) * shrink * (2 - shrink)).sum()
+        lever = size * (1 + shrink.sum()) / len(self.outputs)
+        return ((self.outputs[:, :count].square().sum() - explained) / (1 - lever).clamp(min=1e-6) ** 2).item()
 
 
 class _Texts:
@@ -300,16 +317,17 @@ def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior
         outputs = torch.cat([outputs, some @ turned], dim=1)
 
     strengths = (len(some) * 10 ** torch.linspace(-3, 4, 29)).tolist()
-    spectrum = _Spectrum(some, gram, sizes)
-    projected = spectrum.basis.rows.T @ outputs
+    spectrum = _Spectrum(some, gram, outputs, sizes)
+    t = t.float()
 
+    @functools.cache
     def judged(place: int) -> tuple[float, float, float]:
-        left_out = spectrum.left_out(outputs, projected, strengths[place])
+        left_out = spectrum.left_out(strengths[place])
         predicted = t - left_out[:, : t.shape[1]]
         scores = ((predicted * t).sum(1) / predicted.norm(dim=1).clamp(min=1e-8)).mean()[None]
         if prior:
             # Of a row's projected features, what the other rows do not explain: only this part of the prior stays.
-            added = texts(left_out[:, t.shape[1] :].contiguous())
+            added = texts(left_out[:, t.shape[1] :].double())
             aa, ab, bb = (predicted * predicted).sum(1), (predicted * added).sum(1), (added * added).sum(1)
             norms = (aa[:, None] + 2 * shares * ab[:, None] + shares**2 * bb[:, None]).sqrt()
             dots = (predicted * t).sum(1)[:, None] + shares * (added * t).sum(1)[:, None]
@@ -317,11 +335,19 @@ def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior
         best = int(scores.argmax())
         return scores[best].item(), strengths[place], shares[best].item()
 
-    tried = {place: judged(place) for place in range(0, len(strengths), 4)}
+    places = range(len(strengths))
+
+    def climbed(place: int, step: int) -> int:
+        best = max((near for near in (place, place - step, place + step) if near in places), key=judged)
+        return best if best == place else climbed(best, step)
+
+    starts = {
+        min(places, key=lambda place: spectrum.expected(strengths[place], t.shape[1], of)) for of in (1, sizes.mean)
+    }
+    best = max((climbed(place, 4) for place in sorted(starts)), key=judged)
     for step in (2, 1):
-        best = max(tried, key=tried.get)
-        tried |= {place: judged(place) for place in (best - step, best + step) if 0 <= place < len(strengths)}
-    score, strength, share = max(tried.values())
+        best = climbed(best, step)
+    score, strength, share = judged(best)
     towards = share * (project @ texts.translate).T if prior else None
     weight, bias = sums.fit(x, strength, towards)
     towards = None if towards is None else towards.float()
