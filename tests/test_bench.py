@@ -64,11 +64,12 @@ def test_rounds_leave_out_what_fails_and_what_the_time_will_not_do_for(stage, tm
 
     monkeypatch.setattr("bench.run.alone", alone)
     now = time.monotonic()
-    ran = {rows: of for rows, _, of in run("made", stage, [10, 20], 2, tmp_path, iter([now + 50, now + 100]))}
-    # On 20 rows theirs is expected to take four times its 30 seconds.
+    ran = {rows: of for rows, _, of in run("made", stage, [10, 20, 40], 2, tmp_path, iter([now + 50, now + 100, now]))}
+    # On 20 rows theirs is expected to take four times its 30 seconds, and on 40 it is late for all but one of ours.
     assert {rows: {name: len(own.seconds) for name, own in of.items()} for rows, of in ran.items()} == {
         10: {"ours": 2, FP32: 2, "theirs": 2},
         20: {"ours": 2, FP32: 2},
+        40: {"ours": 1},
     }
     assert calls.count(("absent", 10)) == 1
     assert "made: absent is left out: ModuleNotFoundError: No module named 'absent'" in capsys.readouterr().out
