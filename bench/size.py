@@ -1,6 +1,6 @@
 """Whole runs of several sizes beside each other: seconds and memory of every stage, and the scores.
 
-    python bench/size.py FOLDER ... [--docs]
+    python -m bench.size FOLDER ... [--docs]
 
 Each folder is a project whose last run is looked at. The public recipe's seconds for as many rows are arithmetic on
 what `make bench` measured of it (bench/results/bench.csv): the same tower, five folds, neither check nor report.
