@@ -282,9 +282,10 @@ def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior
 
     Features are standardised to mean 0 and standard deviation 1 first, so that a strength penalises them alike. The
     strengths go from hardly any penalty to one that leaves the mean target alone, each about 1.8 times the last, so
-    that the best one is inside: every fourth is tried, and towards the best of these in halves, for between them the
-    score has one peak. Of more than CHOOSING rows so many choose, in whole groups: a strength is the ratio of
-    noise to signal, which more rows do not change. The fit is to all rows, which are read by blocks.
+    that the best one is inside. Generalised cross-validation, without groups and as if their rows were alike, says
+    where to begin; from there the score is climbed, by four strengths at a time, then by two and by one. Of more than
+    CHOOSING rows so many choose, in whole groups: a strength is the ratio of noise to signal, which more rows do not
+    change. The fit is to all rows, which are read by blocks.
 
     With a prior, weights shrink towards a share of another ridge regression in place of towards zero: the one from
     CLIP's text embeddings to the targets, applied to the projected image features. The share is chosen with the
