@@ -14,7 +14,7 @@ import pandas as pd
 from img2prompt.cli.check import load_params
 from img2prompt.core.metric import bootstrap_interval, unit
 from img2prompt.core.rows import read_rows
-from img2prompt.ensemble.members import members_of, read_oof
+from img2prompt.ensemble.members import CONSTANT, members_of, read_oof
 from img2prompt.ensemble.weights import Cosines, search_weights
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     stored = pd.read_parquet("outputs/scores/cosines.parquet")
     targets = {"train": np.load("outputs/embed_prompts/train.npy"), "test": np.load("outputs/prepare_test/targets.npy")}
     known = read_rows(Path("outputs/prepare_test/test.parquet")).prompt.notna().to_numpy()
-    names = members_of(params.ensemble, len(params.clip.models))
+    names = [name for name in members_of(params.ensemble, len(params.clip.models)) if name != CONSTANT]
     oof = read_oof(Path("outputs"), fold)
     files = [f"outputs/predict/{'knn' if name.startswith('model_b') else 'model_a'}/{name}.npy" for name in names]
     predictions = {"train": [oof[name] for name in names], "test": [np.load(file)[known] for file in files]}

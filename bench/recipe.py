@@ -1,7 +1,8 @@
 """recipe: all of it, from prompts and image files to the submission, against what public solutions do.
 
 The images are the sample's, the CLIP is the sample's image tower, and a ninth of the rows is the test set. Both sides
-train the head and look up neighbours in five folds, mix the two by one weight, and write the test's predictions.
+train the head and look up neighbours in five folds, mix the two by weights found out of fold (ours with the mean prompt
+as a third member), and write the test's predictions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from img2prompt.clip.model import save_clip
 from img2prompt.core.images import read_image
 from img2prompt.core.metric import cosine, unit
 from img2prompt.core.storage import read_json, write_json
-from img2prompt.ensemble.weights import mix
+from img2prompt.ensemble.constant import constant
+from img2prompt.ensemble.weights import Cosines, mix, search_weights
 from img2prompt.model_a.inputs import Stored
 from img2prompt.model_a.prediction import predict
 from img2prompt.model_b.choice import fit
@@ -98,9 +100,10 @@ def ours(prompts: list[str], images: list[str], folder: Path) -> Found:
         )
         near, _ = found.bank.predict(image[train.stop :])
     with clock("alpha"):
-        scores = ensemble.curve([by_head[kept], found.oof[kept]], spoken[kept])
-        alpha = float(ensemble.ALPHAS[scores.argmax()])
-        mixed = mix([unit(np.mean(heads, axis=0)), near], [alpha, 1 - alpha])
+        means, mean = constant(spoken, fold, range(model_a.FOLDS), kept)
+        cosines = Cosines.between([by_head[kept], found.oof[kept], means[np.flatnonzero(kept)]], spoken[kept])
+        weights = search_weights(cosines, free=np.array([False, False, True]))
+        mixed = mix([np.mean(heads, axis=0), near, np.broadcast_to(mean, near.shape)], weights)
     with clock("submission"):
         submit.ours_checked(_ids(mixed), mixed, folder / "submission.csv")
     return Found(float(cosine(mixed, targets[train.stop :]).mean()), clock.steps)

@@ -9,7 +9,7 @@ from img2prompt.core.metric import cosine
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import numbered, whole_folder
 from img2prompt.ensemble.constant import constant
-from img2prompt.ensemble.members import kind_of, members_of, name_of, read_oof
+from img2prompt.ensemble.members import CONSTANT, in_family, kind_of, members_of, name_of, read_oof
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.ensemble.params import EnsembleParams
 from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, search_weights
@@ -31,12 +31,13 @@ def main(ensemble: EnsembleParams) -> None:
     table = pd.read_parquet(OUTPUTS / "folds/folds.parquet")
     fold, ids = table.fold.to_numpy(), np.unique(table.fold).tolist()
     kept, scored = np.load(OUTPUTS / "dedup/kept.npy"), np.load(OUTPUTS / "dedup/scored.npy")
-    models = read_oof(OUTPUTS, fold)
+    mean_oof, mean = constant(targets, fold, ids, kept)
+    models = {CONSTANT: mean_oof, **read_oof(OUTPUTS, fold)}
     names = members_of(ensemble, len(numbered(OUTPUTS / "knn")))
-    family = np.array([not name.startswith("model_b") for name in names])
+    family, free = in_family(names), np.array(names) == CONSTANT
     alpha = None if ensemble.alpha == "search" else ensemble.alpha
     members = Cosines.between([models[name] for name in names], targets)
-    searched = search_weights(members[scored], family)
+    searched = search_weights(members[scored], free=free)
     # Out of fold one model predicts an image, elsewhere the mean of all folds' models: a better one where they differ.
     spread = np.zeros(len(names))
     for place, name in enumerate(names):
@@ -44,19 +45,19 @@ def main(ensemble: EnsembleParams) -> None:
         if kind in ("linear", "model_a"):
             heads = (models[name_of(head, clip)].take(scored) for head in ("linear", "model_a"))
             spread[place] = heads_spread(*heads, len(ids))
-    weights = search_weights(members[scored].averaged(spread), family, alpha)
-    mean_oof, mean = constant(targets, fold, ids, kept)
+    weights = search_weights(members[scored].averaged(spread), family, alpha, free)
     oof = rows.assign(split="train", fold=fold, group=table.group.to_numpy(), scored=scored)
-    for name, predictions in {"constant": mean_oof, **models}.items():
+    for name, predictions in models.items():
         oof[name] = cosine(predictions, targets).astype(np.float32)
-    ensembled, by_fold = cross_fitted(members, fold, scored, family, alpha)
+    ensembled, by_fold = cross_fitted(members, fold, scored, family, alpha, free)
     oof["ensemble"] = ensembled.astype(np.float32)
     with whole_folder(OUTPUTS / "ensemble") as out:
-        Mixture(dict(zip(names, weights.tolist(), strict=True)), mean, tuple(ids)).save(out)
+        found = dict(zip(names, weights.tolist(), strict=True))
+        Mixture(found, mean, tuple(ids), found.pop(CONSTANT, 0.0)).save(out)
         weighed = pd.DataFrame({"member": names, "weight": weights, "weight_oof": searched})
         weighed = weighed.assign(**{f"fold_{held_out}": found for held_out, found in by_fold.items()})
         weighed.to_csv(out / "members.csv", index=False)
-        alpha_curve(members[scored], family, fold[scored]).to_csv(out / "alpha.csv", index=False)
+        alpha_curve(members[scored], family, fold[scored], free).to_csv(out / "alpha.csv", index=False)
         oof.to_parquet(out / "oof.parquet", index=False)
     print(weighed.round(4).to_string(index=False))
 

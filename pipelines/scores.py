@@ -7,6 +7,7 @@ import pandas as pd
 
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import read_json, whole, whole_folder, write_json
+from img2prompt.ensemble.members import CONSTANT, in_family
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.prompts.folds import few_scored
 from img2prompt.prompts.params import DedupParams
@@ -39,7 +40,7 @@ def main(dedup: DedupParams) -> None:
     mixture = Mixture.load(OUTPUTS / "ensemble")
     models = oof.columns[oof.columns.get_loc("scored") + 1 :].tolist()
     readable = rows.image.notna().to_numpy()
-    test = {"constant": np.tile(mixture.constant, (len(rows), 1))}
+    test = {CONSTANT: np.tile(mixture.constant, (len(rows), 1))}
     for name in models[1:-1]:
         part = "knn" if name.startswith("model_b") else "model_a"
         test[name] = np.load(OUTPUTS / f"predict/{part}/{name}.npy")
@@ -47,7 +48,7 @@ def main(dedup: DedupParams) -> None:
     test["ensemble"] = mixture(test, readable)
     group_threshold = read_json(OUTPUTS / "folds/folds.json")["group_threshold"]
     cosines = pd.concat([oof, known_cosines(rows, test, targets, group_threshold)], ignore_index=True)
-    family = ~weighed.member.str.startswith("model_b")
+    family = in_family(weighed.member)
     scores: dict[str, object] = scores_of(cosines, models)
     alpha, searched = (float(weighed.loc[family, column].sum()) for column in ("weight", "weight_oof"))
     scores["ensemble"] |= {"alpha": alpha, "alpha_searched": searched}

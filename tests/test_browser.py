@@ -81,8 +81,9 @@ def test_what_it_shows_is_what_the_run_has(report, made):
     assert column(page, "Mean cosine of every model", 3) == of_fold
     shown = page.locator(".figures b").all_inner_texts()
     assert shown == [f"{rows.ensemble.astype(float).mean():.4f}" for rows in (train, test)]
-    weights = json.loads((made / "outputs/ensemble/weights.json").read_text())["weights"]
-    assert column(page, "Weights of the members", 2) == [f"{weight:.4f}" for weight in weights.values()]
+    mixture = json.loads((made / "outputs/ensemble/weights.json").read_text())
+    weights = [*mixture["weights"].values(), mixture["constant"]]
+    assert column(page, "Weights of the members", 2) == [f"{weight:.4f}" for weight in weights]
     assert page.locator(".pairs li").count() == 20
     assert page.locator("img").evaluate_all("images => images.map(image => image.src.slice(0, 16))") == (
         ["data:image/webp;"] * page.locator("img").count()

@@ -32,7 +32,7 @@ def home(made, tmp_path_factory):
     folder = shutil.copytree(made, tmp_path_factory.mktemp("chain") / "home")
     mixture = Mixture.load(folder / "outputs/ensemble")
     weights = {"model_a": 0.4, "linear": 0.35, "ridge": 0.0, "model_b": 0.25}
-    Mixture(weights, mixture.constant, mixture.folds).save(folder / "outputs/ensemble")
+    Mixture(weights, mixture.constant, mixture.folds, -0.1).save(folder / "outputs/ensemble")
     return folder
 
 
@@ -212,9 +212,10 @@ def test_members_and_views_are_left_out_one_after_the_other(home, tmp_path, monk
     assert said == ["model_b", "linear"]
     first, parts = whole.cheaper()[1].predict(images), whole.predict(images).members
     assert set(first.members) == {"model_a", "linear"}
-    both = unit(0.4 / 0.75 * unit(parts["model_a"]) + 0.35 / 0.75 * unit(parts["linear"]))
+    pushed = 0.1 * np.load(home / "outputs/ensemble/constant.npy")
+    both = unit(0.4 / 0.75 * unit(parts["model_a"]) + 0.35 / 0.75 * unit(parts["linear"]) - pushed)
     np.testing.assert_allclose(first.embeddings, both, atol=1e-6)
-    np.testing.assert_allclose(left.predict(images).embeddings, unit(parts["model_a"]), atol=1e-6)
+    np.testing.assert_allclose(left.predict(images).embeddings, unit(unit(parts["model_a"]) - pushed), atol=1e-6)
     np.testing.assert_array_equal(whole.predict(images).embeddings, expected)
 
 

@@ -113,10 +113,12 @@ def test_scores_are_those_of_the_predictions(home):
 
 def test_weights_are_a_simplex_and_alpha_is_the_family_s_share(home):
     members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
-    assert members.index.tolist() == ["model_a", "linear", "ridge", "model_b"]
+    assert members.index.tolist() == ["model_a", "linear", "ridge", "model_b", "constant"]
     for column, key in (("weight", "alpha"), ("weight_oof", "alpha_searched")):
-        assert (members[column] >= 0).all()
-        assert members[column].sum() == pytest.approx(1)
+        models = members[column].drop("constant")
+        assert (models >= 0).all()
+        assert models.sum() == pytest.approx(1)
+        assert abs(members[column]["constant"]) > 1e-3
         assert scores()["ensemble"][key] == pytest.approx(1 - members[column]["model_b"])
 
 
@@ -528,8 +530,8 @@ def test_several_clips_and_views(copy, tiny_clip):
     assert not np.allclose(np.load("outputs/knn/1/oof.npy"), alone, atol=1e-3)
     kinds = ("model_a", "linear", "ridge", "model_b")
     members = pd.read_csv("outputs/ensemble/members.csv").set_index("member")
-    assert members.index.tolist() == [name for kind in kinds for name in (kind, f"{kind}_1")]
-    assert members.weight.sum() == pytest.approx(1)
+    assert members.index.tolist() == [*(name for kind in kinds for name in (kind, f"{kind}_1")), "constant"]
+    assert members.weight.drop("constant").sum() == pytest.approx(1)
     assert scores()["ensemble"]["alpha"] == pytest.approx(1 - members.weight[["model_b", "model_b_1"]].sum())
     expected = cosine(
         np.load("outputs/model_a/fold_3/1/linear_oof.npy"), np.load("outputs/embed_prompts/train.npy")[fold == 3]
@@ -537,7 +539,7 @@ def test_several_clips_and_views(copy, tiny_clip):
     assert np.allclose(pd.read_parquet("outputs/scores/cosines.parquet").linear_1[:60][fold == 3], expected, atol=1e-6)
     change(ensemble={"clips": [1]})
     chain(["ensemble"])
-    assert pd.read_csv("outputs/ensemble/members.csv").member.tolist() == [f"{kind}_1" for kind in kinds]
+    assert pd.read_csv("outputs/ensemble/members.csv").member.tolist() == [*(f"{kind}_1" for kind in kinds), "constant"]
     main(["export", "bundle", "--float32", "--no-thumbnails"])
     assert not list(Path("bundle").glob("*.0.*_model.safetensors"))  # of the CLIP that is not in the mix
     images = read_rows(Path("outputs/prepare_test/test.parquet")).image.dropna().tolist()

@@ -6,6 +6,7 @@ import pytest
 
 from img2prompt.core.metric import bootstrap_interval, cosine, unit
 from img2prompt.ensemble.constant import constant
+from img2prompt.ensemble.mixture import Mixture
 from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, mix, search_weights
 from img2prompt.report.scores import fold_scores, gain_over_best_member, over_start, scores_of, scores_table
 
@@ -125,6 +126,61 @@ def test_two_members_of_a_given_alpha_leave_nothing_to_search(members):
     assert search_weights(cosines, np.array([True, False]), 1.0).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match=r"alpha is 0\.6"):
         search_weights(cosines, np.array([True, True]), 0.6)
+
+
+def shrunk(seed=0):
+    """Two members that answer near the mean target, each for half the images more so; the mean; and the targets."""
+    rng = np.random.default_rng(seed)
+    mean = unit(np.ones((1, DIM)))
+    targets = unit(mean + 0.3 * rng.normal(size=(N, DIM)))
+    known = np.where(np.arange(N) % 2, 0.2, 0.6)[:, None]
+    two = [
+        unit(share * targets + (1 - share) * mean + 0.05 * rng.normal(size=(N, DIM))) for share in (known, known[::-1])
+    ]
+    return [*two, np.broadcast_to(mean, (N, DIM))], targets
+
+
+def test_a_free_member_s_weight_may_be_negative():
+    members, targets = shrunk()
+    cosines, free = Cosines.between(members, targets), np.array([False, False, True])
+    weights = search_weights(cosines, free=free)
+    assert weights[~free].sum() == pytest.approx(1)
+    assert (weights[~free] >= 0).all()
+    grid = np.array([[a, 1 - a, c] for a in np.arange(51) / 50 for c in np.arange(-50, 51) / 50])
+    scores = [cosines.of_mix(point).mean() for point in grid]
+    assert cosines.of_mix(weights).mean() >= max(scores)
+    np.testing.assert_allclose(weights, grid[np.argmax(scores)], atol=0.02)
+    assert weights[2] < -0.2
+    on_simplex = cosines.of_mix(search_weights(cosines)).mean()
+    assert cosines.of_mix(weights).mean() > on_simplex + 0.01
+
+    alone = search_weights(cosines, np.array([True, False, False]), 1.0, free)
+    assert alone[:2].tolist() == [1.0, 0.0]
+    assert alone[2] < -0.1
+    shared = search_weights(cosines, np.array([True, False, False]), 0.3, free)
+    np.testing.assert_allclose(shared[:2], [0.3, 0.7])
+    assert cosines.of_mix(shared).mean() == pytest.approx(
+        max(cosines.of_mix(np.array([0.3, 0.7, c])).mean() for c in np.arange(-1000, 1001) / 1000), abs=1e-6
+    )
+
+
+def test_a_free_member_that_does_not_help_weighs_nothing():
+    a = directions()
+    cosines = Cosines.between([a, np.broadcast_to(unit(np.ones((1, DIM))), a.shape)], a)
+    assert search_weights(cosines, free=np.array([False, True])) == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+def test_the_mixture_is_that_of_its_members_and_the_constant(tmp_path):
+    (a, b, mean), _ = shrunk()
+    mixture = Mixture({"model_a": 0.75, "model_b": 0.25}, mean[0].astype(np.float32), (0, 1), -0.4)
+    mixture.save(tmp_path)
+    readable = np.arange(N) != 3
+    found = Mixture.load(tmp_path)({"model_a": a, "model_b": b}, readable)
+    np.testing.assert_allclose(found[readable], unit(0.75 * a + 0.25 * b - 0.4 * mean)[readable], atol=1e-6)
+    np.testing.assert_allclose(found[3], mean[3], atol=1e-6)
+    assert Mixture.load(tmp_path).members == ["model_a", "model_b"]
+    alone = mixture.only(["model_b"])
+    np.testing.assert_allclose(alone({"model_b": b}, readable)[0], unit(b - 0.4 * mean)[0], atol=1e-6)
 
 
 def test_the_curve_has_the_best_score_at_each_alpha(members):

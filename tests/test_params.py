@@ -39,6 +39,7 @@ def test_default_is_valid():
         ("ensemble__alpha", "best", "ensemble.alpha"),
         ("ensemble__members", ["model_a", "ridge"], "ensemble"),
         ("ensemble__members", ["model_b", "model_b"], "ensemble"),
+        ("ensemble__members", ["model_b", "constant"], "ensemble"),
         ("ensemble__members", ["model_a", "knn"], "ensemble.members"),
         ("knn__k", 0, "knn.k"),
         ("knn__keys", "pixels", "knn.keys"),

@@ -24,7 +24,7 @@ from img2prompt.cli.predict import said_lines, whole_number
 from img2prompt.core.device import device
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import numbered, read_json
-from img2prompt.ensemble.members import MODEL_A, name_of, read_oof
+from img2prompt.ensemble.members import CONSTANT, MODEL_A, name_of, read_oof
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.model_b.regression import weights
 from img2prompt.words.words import Words
@@ -100,8 +100,9 @@ def _cosines(split: str, about: pd.Series, models: Mapping[str, np.ndarray], mix
     known = scores[(scores.split == split) & (scores.source == about.source) & (scores.id == about.id)]
     truth = known.iloc[0] if len(known) else {}
     yield f"{'model':12} {'weight':>8} {'truth':>8} {'ensemble':>9}   (cosines with)"
-    for name in sorted(models, key=lambda name: (name != "ensemble", -mixture.weights.get(name, -1.0))):
-        weight = f"{mixture.weights[name]:.4f}" if name in mixture.weights else ""
+    weights = {**mixture.weights, CONSTANT: mixture.constant_weight}
+    for name in sorted(models, key=lambda name: (name != "ensemble", -weights.get(name, -1.0))):
+        weight = f"{weights[name]:.4f}" if name in weights else ""
         score = f"{truth[name]:.4f}" if name in truth else ""
         yield f"{name:12} {weight:>8} {score:>8} {float(models[name] @ models['ensemble']):9.4f}"
 

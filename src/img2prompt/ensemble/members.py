@@ -1,7 +1,8 @@
-"""The models of a run by name: of every CLIP Model A's family and Model B."""
+"""The models of a run by name: of every CLIP Model A's family and Model B, and the constant."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from img2prompt.core.storage import numbered
 from img2prompt.ensemble.params import EnsembleParams
 
 MODEL_A = ("ridge", "linear", "model_a")  # the models of Model A's family
+CONSTANT = "constant"  # the one model that is of no CLIP
 
 
 def name_of(kind: str, clip: int) -> str:
@@ -25,9 +27,18 @@ def kind_of(name: str) -> tuple[str, int]:
 
 
 def members_of(section: EnsembleParams, clips: int) -> list[str]:
-    """The names of the models in the ensemble: the kinds that params.yaml names, of the CLIPs that it names."""
+    """The names of the models in the ensemble: the kinds that params.yaml names, of the CLIPs that it names.
+
+    The constant, if it is one of them, is the last.
+    """
     wanted = range(clips) if section.clips == "all" else section.clips
-    return [name_of(kind, clip) for kind in section.members for clip in wanted]
+    found = [name_of(kind, clip) for kind in section.members if kind != CONSTANT for clip in wanted]
+    return found + [CONSTANT] * (CONSTANT in section.members)
+
+
+def in_family(names: Iterable[str]) -> np.ndarray:
+    """Which of these models are of Model A's family, on whatever CLIP: (m,) bool."""
+    return np.array([kind_of(name)[0] in MODEL_A for name in names])
 
 
 def read_oof(outputs: Path, fold: np.ndarray) -> dict[str, Stack]:

@@ -18,19 +18,21 @@ class Mixture:
     """Eq. 6 with its weights.
 
     weights: by member, on the simplex. constant (384,) float32, norm 1: the answer for an image that cannot be read.
-    folds: those whose models the members are made of.
+    folds: those whose models the members are made of. constant_weight: what the constant weighs in the mix, of either
+    sign, beside members whose weights sum to 1.
     """
 
     weights: Mapping[str, float]
     constant: np.ndarray
     folds: tuple[int, ...]
+    constant_weight: float
 
     def __call__(self, members: Mapping[str, np.ndarray], readable: np.ndarray) -> np.ndarray:
         """The ensemble's predictions (m, 384) float32, norm 1, from those of the members; readable (m,) bool."""
         found = np.tile(self.constant, (len(readable), 1))
         if readable.any():
-            parts = [members[name][readable] for name in self.weights]
-            found[readable] = mix(parts, list(self.weights.values()))
+            parts = [members[name][readable] for name in self.weights] + [found[readable]]
+            found[readable] = mix(parts, [*self.weights.values(), self.constant_weight])
         return found
 
     @property
@@ -46,11 +48,19 @@ class Mixture:
 
     def save(self, folder: Path) -> None:
         """Write weights.json and constant.npy."""
-        write_json(folder / "weights.json", {"weights": dict(self.weights), "folds": list(self.folds)})
+        self.save_weights(folder / "weights.json")
         np.save(folder / "constant.npy", self.constant)
+
+    def save_weights(self, file: Path) -> None:
+        """Write what is not the constant's vector."""
+        stored = {"weights": dict(self.weights), "constant": self.constant_weight, "folds": list(self.folds)}
+        write_json(file, stored)
 
     @classmethod
     def load(cls, folder: Path) -> Mixture:
         """Read what `save` wrote."""
         stored = read_json(folder / "weights.json")
-        return cls(stored["weights"], np.load(folder / "constant.npy"), tuple(stored["folds"]))
+        # Bundles of earlier versions have no weight of the constant.
+        return cls(
+            stored["weights"], np.load(folder / "constant.npy"), tuple(stored["folds"]), stored.get("constant", 0.0)
+        )

@@ -24,7 +24,8 @@ def mix(members: Sequence[np.ndarray], weights: np.ndarray | Sequence[float]) ->
     """The weighted sum, eq. 6, of members (n, d) that are scaled to norm 1 first: (n, d), norm 1.
 
     Without the scaling, the member of the largest norm would outweigh the others whatever the weights are. A member
-    of weight 0 is not looked at. Raises ValueError where a row is all zeros, not finite, or the members cancel.
+    of weight 0 is not looked at; a weight below 0 pushes the mix away from its member. Raises ValueError where a row is
+    all zeros, not finite, or the members cancel.
     """
     # Weights as Python floats keep float32 members float32.
     return unit(sum(float(weight) * unit(x) for x, weight in zip(members, weights, strict=True) if weight))
@@ -114,40 +115,50 @@ def heads_spread(first: np.ndarray | Stack, second: np.ndarray | Stack, k: int) 
 
 
 def search_weights(
-    cosines: Cosines, family: np.ndarray | None = None, alpha: float | None = None, start: np.ndarray | None = None
+    cosines: Cosines,
+    family: np.ndarray | None = None,
+    alpha: float | None = None,
+    free: np.ndarray | None = None,
+    start: np.ndarray | None = None,
 ) -> np.ndarray:
     """The weights (m,) on the simplex whose `mix` has the best mean cosine: none below 0, their sum 1.
 
-    With family (m,) bool and alpha in [0, 1], the weights of that family sum to alpha. Scipy's SLSQP optimises with
-    the exact gradient, from equal weights and from near each member alone (with `start`, from there only). Of equally
-    good results the first counts, so where the data do not decide, the weights are equal. Deterministic.
+    With family (m,) bool and alpha in [0, 1], the weights of that family sum to alpha. free (m,) bool: members that
+    are of no family and not on the simplex; their weights are between -1 and 1, and no part of any sum. It is meant
+    for the constant: models that know little of an image answer near the mean target, a mix of them more so than is
+    best, and a negative weight of the mean undoes it. Scipy's SLSQP optimises with the exact gradient, from equal
+    weights and from near each member alone (with `start`, from there only). Of equally good results the first counts,
+    so where the data do not decide, the weights are equal, and 0 of free members. Deterministic.
     Raises ValueError where there are no rows, or alpha asks for weight on a family without members.
     """
     m, n = cosines.to_target.shape
     if not n:
         raise ValueError("no rows to search weights on: some rows outside the held-out fold must be scored")
-    parts = [(np.ones(m, dtype=bool), 1.0)]
+    free = np.zeros(m, dtype=bool) if free is None else free
+    parts = [(~free, 1.0)]
     if alpha is not None:
-        parts = [(family, alpha), (~family, 1 - alpha)]
+        parts = [(family, alpha), (~family & ~free, 1 - alpha)]
         if any(share > 0 and not members.any() for members, share in parts):
             raise ValueError(f"ensemble.alpha is {alpha}, but one of the families it weighs has no member")
 
     def onto_simplex(weights: np.ndarray) -> np.ndarray:
-        weights = np.where(weights > NOTHING, weights, 0.0)
+        weights = np.where(weights > NOTHING, weights, np.where(free, weights, 0.0))
         for members, share in parts:
             total = weights[members].sum()
             weights[members] = weights[members] * (share / total) if total else share / max(members.sum(), 1)
         return weights
 
-    starts = [np.ones(m), *(1 / m + np.eye(m))] if start is None else [start]
-    upper = np.sum([share * members for members, share in parts], axis=0)
+    starts = [(~free).astype(float)] if start is None else [start]
+    if start is None:
+        starts += [np.where(free, 0.0, 1 / m + near) for near in np.eye(m)[~free]]
+    lower, upper = np.where(free, -1.0, 0.0), np.sum([free, *(share * members for members, share in parts)], axis=0)
     shares = LinearConstraint(np.array([members for members, _ in parts], dtype=float), *2 * [[s for _, s in parts]])
-    if all(members.sum() < 2 for members, share in parts if share > 0):
+    if not free.any() and all(members.sum() < 2 for members, share in parts if share > 0):
         return onto_simplex(starts[0])  # the shares leave nothing to search
     best, best_loss = None, np.inf
     for weights in map(onto_simplex, starts):
         found = minimize(
-            cosines.loss, weights, jac=True, method="SLSQP", bounds=[(0.0, limit) for limit in upper],
+            cosines.loss, weights, jac=True, method="SLSQP", bounds=np.stack([lower, upper], axis=1),
             constraints=shares, options={"ftol": 1e-13, "maxiter": 300},
         ).x  # fmt: skip
         for candidate in (weights, onto_simplex(found)):  # the start counts too
@@ -157,17 +168,20 @@ def search_weights(
     return best
 
 
-def alpha_curve(cosines: Cosines, family: np.ndarray, fold: np.ndarray) -> pd.DataFrame:
+def alpha_curve(cosines: Cosines, family: np.ndarray, fold: np.ndarray, free: np.ndarray | None = None) -> pd.DataFrame:
     """The best mean cosine at each of 101 shares of a family (m,) bool of the members: columns `alpha`, `score`.
 
     fold (n,) int64: a column `fold_K` each has the mean cosine that the same weights have on the fold's rows.
+    free (m,) bool: as in `search_weights`.
     """
     import pandas as pd  # prediction, which needs `mix`, does without pandas
 
     rows, weights = [], None
     folds, own, sizes = np.unique(fold, return_inverse=True, return_counts=True)
     for alpha in np.arange(101) / 100:
-        weights = search_weights(cosines, family, alpha, weights)  # the optimum of the last alpha is near this one
+        weights = search_weights(
+            cosines, family, alpha, free, weights
+        )  # the optimum of the last alpha is near this one
         of_mix = cosines.of_mix(weights)
         rows.append((alpha, of_mix.mean(), *(np.bincount(own, of_mix) / sizes)))
     return pd.DataFrame(rows, columns=["alpha", "score", *(f"fold_{number}" for number in folds)])
@@ -179,16 +193,17 @@ def cross_fitted(
     scored: np.ndarray,
     family: np.ndarray | None = None,
     alpha: float | None = None,
+    free: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """The ensemble's cosine with each target (n,), and each fold's weights, found on the scored rows of other folds.
 
     Weights that were searched on the very rows they are scored on would overestimate the ensemble.
-    fold (n,) int; scored (n,) bool; family, alpha and errors as in `search_weights`. Every row gets its cosine, but
-    only scored rows take part in the search.
+    fold (n,) int; scored (n,) bool; family, alpha, free and errors as in `search_weights`. Every row gets its cosine,
+    but only scored rows take part in the search.
     """
     found, weights = np.empty(len(fold)), {}
     for held_out in np.unique(fold).tolist():
         rows, others = fold == held_out, scored & (fold != held_out)
-        weights[held_out] = search_weights(cosines[others], family, alpha)
+        weights[held_out] = search_weights(cosines[others], family, alpha, free)
         found[rows] = cosines[rows].of_mix(weights[held_out])
     return found, weights

@@ -151,7 +151,7 @@ def draw_canaries() -> list[Image.Image]:
 
 def _model(outputs: Path, files: _Files, mixture: Mixture) -> None:
     """What prediction needs of the run, in the files' precision."""
-    write_json(files.at("ensemble/weights.json"), {"weights": dict(mixture.weights), "folds": list(mixture.folds)})
+    mixture.save_weights(files.at("ensemble/weights.json"))
     files.copy(outputs / "ensemble/constant.npy", "ensemble/constant.npy")
     for number in _clips(mixture.weights):
         config, weights = image_only(outputs / f"clip/{number}")

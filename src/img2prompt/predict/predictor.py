@@ -176,7 +176,7 @@ class Predictor:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """The members' weights in the ensemble, by name; they sum to 1."""
+        """The members' weights in the ensemble, by name; they sum to 1, beside the constant's."""
         return self._mixture.weights
 
     @property

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from img2prompt.clip.params import ClipParams
 from img2prompt.core.blocks import Stack
 from img2prompt.core.storage import numbered, read_json
-from img2prompt.ensemble.members import kind_of
+from img2prompt.ensemble.members import in_family, kind_of
 from img2prompt.model_b.neighbours import nearest
 from img2prompt.prompts.dedup import exact_cosines, nearest_below
 from img2prompt.prompts.params import DedupParams
@@ -74,7 +74,7 @@ def scores(run: Run) -> dict[str, object]:
 def mixture(run: Run) -> dict[str, object]:
     """The members' weights, and the curve of alpha with the points that were chosen on it."""
     curve, weights = pd.read_csv(run.outputs / "ensemble/alpha.csv"), run.weights
-    family = ~weights.index.str.startswith("model_b")
+    family = in_family(weights.index)
     folds = [column for column in weights.columns if column.startswith("fold_")]
     shares = weights[family].sum()
     lines = [

@@ -12,7 +12,8 @@ import pandas as pd
 from img2prompt.core.blocks import Stack
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import read_json
-from img2prompt.ensemble.members import kind_of, read_oof
+from img2prompt.ensemble.constant import constant
+from img2prompt.ensemble.members import CONSTANT, kind_of, read_oof
 from img2prompt.ensemble.weights import mix
 
 
@@ -89,7 +90,8 @@ class Run:
 
     @cached_property
     def _oof_predictions(self) -> dict[str, Stack]:
-        return read_oof(self.outputs, self.fold)
+        means, _ = constant(self.targets, self.fold, np.unique(self.fold).tolist(), self.kept)
+        return {CONSTANT: means, **read_oof(self.outputs, self.fold)}
 
     def member(self, model: str, test: bool) -> Stack:
         """A member's predictions of all test rows, or of all train rows out of fold; they stay on disk."""
