@@ -3,9 +3,10 @@
     python -m bench.budget FOLDER --docs
 
 Reads outputs/ and run.js of the last run here, and trains both heads with the settings of POINTS on inner splits of two
-folds; FOLDER has a project for each, which shares the run's other outputs. The ensemble has the run's Model B, and its
-weights are found on the other inner split. The time of a whole run is what its stages took, with `freeze` and `model_a`
-replaced: as many folds as it has, each as long as an inner split, which has a fold less. Gains are over params.yaml.
+folds; FOLDER has a project for each, which shares the run's other outputs. The ensemble has the run's Model B, with
+the linear baseline or without, and its weights are found on the other inner split. The time of a whole run is what its
+stages took, with `freeze` and `model_a` replaced: an inner split trains on all folds but two, a fold on all but one.
+Gains are over the run's own settings.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 from torch import nn
@@ -27,17 +29,17 @@ from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.process import RECORD, made, records
 from img2prompt.core.storage import whole
 from img2prompt.ensemble.constant import constant
+from img2prompt.ensemble.members import CONSTANT
 from img2prompt.ensemble.weights import Cosines, search_weights
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.prediction import predict
 from img2prompt.report.figures import COLOURS
 from img2prompt.report.scores import markdown
 
-POINTS = [(0, 4), (5, 4), (5, 6), (7, 4), (7, 6), (9, 6), (12, 6)]  # layers that train, epochs
+POINTS = [(0, 4), (5, 4), (7, 4), (7, 6), (7, 9), (9, 6), (9, 9)]  # layers that train, epochs
 FOLDS = (0, 2)
 SHARED = ("prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "knn")
-MEMBERS = ("ridge", "linear", "model_a", "model_b", "constant")
-SHOWN = ("linear", "model_a", "ensemble")
+HEADS = {"model_a": ("model_a",), "linear, model_a": ("linear", "model_a")}
 
 
 def project(folder: Path, layers: int, epochs: int) -> Path:
@@ -52,47 +54,62 @@ def project(folder: Path, layers: int, epochs: int) -> Path:
     return home
 
 
-def measure(seed: int) -> tuple[list[dict[str, np.ndarray]], float]:
-    """Of the project here, for each inner split the cosines (m,) of SHOWN; and the seconds of one split."""
-    params, found, seconds = load_params(), [], 0.0
-    of_splits, groups = [], []
+def measure(seed: int) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
+    """Of the project here, by HEADS: cosines (m,) of `model_a` and `ensemble`, and `group`; and seconds of a split."""
+    params, splits = load_params(), []
+    of_models, seconds = [], dict.fromkeys(("linear", "model_a"), 0.0)
     for held_out in FOLDS:
         split = InnerSplit.read(params.model_a, params.folds.ids, held_out)
         members, rows = {}, split.rows
-        for kind in ("linear", "model_a"):
+        for kind in seconds:
             members[kind], took = split.train(kind, seed)
-            seconds += took / len(FOLDS)
+            seconds[kind] += took / len(FOLDS)
         head, stored = LinearHead(split.start.whole, dropout=0.0, hidden=0), split.features.stored_pooled("cpu")
         members["ridge"] = predict(nn.Sequential(), head, stored, split.wanted, 1024, "cpu")
         members["model_b"] = np.load("outputs/knn/0/oof.npy", mmap_mode="r")[split.wanted]
-        members["constant"] = constant(rows.targets[0], rows.fold, params.folds.ids, rows.kept)[0][split.wanted]
-        of_splits.append(Cosines.between([members[name] for name in MEMBERS], split.targets))
-        found.append({kind: cosine(members[kind], split.targets) for kind in ("linear", "model_a")})
-        groups.append(split.group)
-    free = np.array(MEMBERS) == "constant"
-    for own, other, scores in zip(of_splits, of_splits[::-1], found, strict=True):
-        scores["ensemble"] = own.of_mix(search_weights(other, free=free))
-    joined = {name: np.concatenate([scores[name] for scores in found]) for name in SHOWN}
-    return joined | {"group": np.concatenate(groups)}, seconds
+        members[CONSTANT] = constant(rows.targets[0], rows.fold, params.folds.ids, rows.kept)[0][split.wanted]
+        of_models.append(members)
+        splits.append(split)
+    group, found = np.concatenate([split.group for split in splits]), {}
+    for heads, trained in HEADS.items():
+        names = [*trained, "ridge", "model_b", CONSTANT]
+        free = np.array(names) == CONSTANT
+        cosines = [
+            Cosines.between([members[name] for name in names], split.targets)
+            for members, split in zip(of_models, splits, strict=True)
+        ]
+        mixed = [
+            own.of_mix(search_weights(other, free=free)) for own, other in zip(cosines, cosines[::-1], strict=True)
+        ]
+        own = [cosine(members["model_a"], split.targets) for members, split in zip(of_models, splits, strict=True)]
+        found[heads] = {"model_a": np.concatenate(own), "ensemble": np.concatenate(mixed), "group": group}
+    return found, {heads: sum(seconds[kind] for kind in trained) for heads, trained in HEADS.items()}
 
 
 def whole_run(home: Path, split_seconds: float, folds: int) -> float:
     """Seconds of a run with a project's settings: the run's here, with `freeze` and `model_a` replaced."""
     others = [one["seconds"] for one in records() if one["name"].split()[0] not in ("freeze", "model_a")]
     frozen = [one["seconds"] for one in records(home / RECORD) if one["name"] == "freeze"]
-    return sum(others) + sum(frozen) + folds * split_seconds
+    return sum(others) + sum(frozen) + folds * split_seconds * (folds - 1) / (folds - 2)
 
 
-def draw(path: Path, labels: list[str], minutes: np.ndarray, scores: dict[str, np.ndarray]) -> None:
-    """Draw each model's score at the time of the whole run, with the 95% interval of its gain over params.yaml."""
+def draw(path: Path, table: pd.DataFrame) -> None:
+    """Draw the scores of the ensemble and of Model A at the time of the whole run; columns as `main` makes them."""
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 4.6), layout="constrained")
         axes = figure.subplots()
-        order = np.argsort(minutes)
-        for name, of_model in scores.items():
-            axes.plot(minutes[order], of_model[order], marker="o", color=COLOURS[name], label=name)
-        for label, x, y in zip(labels, minutes, scores["ensemble"], strict=True):
-            axes.annotate(label, (x, y), textcoords="offset points", xytext=(0, 7), ha="center")
+        for heads, rows in table.sort_values("minutes").groupby("heads", sort=False):
+            style = "-" if heads == "model_a" else "--"
+            axes.plot(
+                rows.minutes, rows.ensemble, style, marker="o", color=COLOURS["ensemble"], label=f"ensemble, {heads}"
+            )
+            for row in rows.itertuples():
+                place = dict(xytext=(0, 7), ha="center") if heads == "model_a" else dict(xytext=(0, -14), ha="center")
+                axes.annotate(
+                    f"{row.layers} × {row.epochs}", (row.minutes, row.ensemble), textcoords="offset points", **place
+                )
+        alone = table[table.heads == "model_a"].sort_values("minutes")
+        axes.plot(alone.minutes, alone.model_a, marker=".", color=COLOURS["model_a"], label="model_a")
         axes.set(xlabel="minutes of the whole run", ylabel="mean cosine on inner splits", xlim=(0, None))
         axes.margins(y=0.12)
         axes.legend(frameon=False, loc="lower right")
@@ -106,36 +123,40 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="put the table into docs/results.md, with docs/budget.png")
     asked = parser.parse_args()
     section, folds = load_params().model_a, len(load_params().folds.ids)
-    points = list(dict.fromkeys([(section.unfreeze, section.epochs), *POINTS]))
-    found, minutes = {}, []
-    for layers, epochs in points:
+    here = section.unfreeze, section.epochs
+    lines, first = [], {}
+    for layers, epochs in dict.fromkeys([here, *POINTS]):
         home = project(asked.folder.resolve(), layers, epochs)
         with contextlib.chdir(home):
-            found[layers, epochs], seconds = measure(asked.seed)
-        minutes.append(whole_run(home, seconds, folds) / 60)
-        means = ", ".join(f"{name} {found[layers, epochs][name].mean():.4f}" for name in SHOWN)
-        print(f"{layers} layers, {epochs} epochs: {means}, {seconds:.0f} s a split, {minutes[-1]:.1f} min", flush=True)
-    cells = [["layers", "epochs", *SHOWN, "ensemble's gain [95%]", "whole run"]]
-    cells.append(["---"] * len(cells[0]))
-    first = found[points[0]]
-    for place in np.argsort(minutes):
-        scores = found[points[place]]
-        gain = scores["ensemble"] - first["ensemble"]
-        low, high = bootstrap_interval(gain, first["group"])
+            found, seconds = measure(asked.seed)
+        for heads, scores in found.items():
+            first = first or scores
+            gain = scores["ensemble"] - first["ensemble"]
+            low, high = bootstrap_interval(gain, first["group"])
+            line = {
+                "layers": layers, "epochs": epochs, "heads": heads, "model_a": scores["model_a"].mean(),
+                "ensemble": scores["ensemble"].mean(), "gain": gain.mean(), "low": low, "high": high,
+                "minutes": whole_run(home, seconds[heads], folds) / 60,
+            }  # fmt: skip
+            lines.append(line)
+            print(
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}, flush=True
+            )
+    table = pd.DataFrame(lines)
+    cells = [["layers", "epochs", "heads", "Model A", "ensemble", "gain [95%]", "whole run"], ["---"] * 7]
+    for row in table.sort_values("minutes").itertuples():
+        gain = f"{row.gain:+.4f} [{row.low:+.4f}, {row.high:+.4f}]" if row.Index else ""
         cells.append([
-            *map(str, points[place]), *(f"{scores[name].mean():.4f}" for name in SHOWN),
-            f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if place else "params.yaml",
-            f"{minutes[place]:.1f} min",
+            str(row.layers), str(row.epochs), row.heads, f"{row.model_a:.4f}", f"{row.ensemble:.4f}", gain,
+            f"{row.minutes:.1f} min",
         ])  # fmt: skip
     of = f"Inner splits of folds {', '.join(map(str, FOLDS))}, {len(first['group']):,} pictures, seed {asked.seed}"
     text = f"{markdown(cells)}\n{caption(of, [made()])}"
     print(text)
     if asked.docs:
         put({"budget": text}, PROJECT)
-        labels = [f"{layers} × {epochs}" for layers, epochs in points]
-        scores = {name: np.array([of_point[name].mean() for of_point in found.values()]) for name in SHOWN}
         with whole(PROJECT / "docs/budget.png") as path:
-            draw(path, labels, np.array(minutes), scores)
+            draw(path, table)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from img2prompt.report.scores import markdown
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED = ("prepare", "embed_prompts", "dedup", "clip", "embed_images", "freeze")  # the seed changes none of these
 SEEDED = ("folds", *(f"model_a {fold}" for fold in range(5)), "knn", "ensemble")
-MEMBERS = ("ridge", "linear", "model_a", "model_b")
+MEMBERS = ("ridge", "model_a", "model_b")
 SAMPLE = {
     "sample": {},
     "sample-330": {"prepare": {"sample": {"n_train": 330}}},
@@ -105,7 +105,7 @@ def cells(oofs: list[pd.DataFrame]) -> list[str]:
 
     best = max(MEMBERS, key=lambda member: mean[member].mean())
     return [
-        f"{mean.ridge.mean():.4f}", difference("linear", "ridge"), difference("model_a", "ridge"),
+        f"{mean.ridge.mean():.4f}", difference("model_a", "ridge"),
         f"{mean.model_b.mean():.4f}", f"{mean.ensemble.mean():.4f}", f"{difference('ensemble', best)} ({best})",
     ]  # fmt: skip
 
@@ -116,10 +116,12 @@ def read_oof(home: Path) -> pd.DataFrame:
 
 
 def choices(home: Path) -> list[str]:
-    """How far each fold's heads went, and how many of them with a lowered rate."""
+    """How far each fold's head went, and how many of them with a lowered rate."""
     found = pd.concat([pd.read_csv(file) for file in sorted(home.glob("outputs/model_a/fold_*/0/choices.csv"))])
-    shares = [" ".join(f"{share:.1f}" for share in found.share[found["head"] == head]) for head in MEMBERS[1:3]]
-    return ["; ".join(shares), str(int(((found.lowered_tower > 0) | (found.lowered_head > 0)).sum()))]
+    return [
+        " ".join(f"{share:.1f}" for share in found["share"]),
+        str(int(((found.lowered_tower > 0) | (found.lowered_head > 0)).sum())),
+    ]
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -158,13 +160,13 @@ def main() -> None:
                 if not link.is_symlink():
                     link.symlink_to(folder / name / "outputs" / stage)
             run(home, merged(changed, {"folds": {"seed": seed}, "model_a": {"seed": seed}}), SEEDED)
-    scores = ["ridge", "linear minus ridge", "Model A minus ridge", "Model B", "ensemble", "minus its best member"]
+    scores = ["ridge", "Model A minus ridge", "Model B", "ensemble", "minus its best member"]
     homes = {
         name: [home for home in sorted(folder.glob(f"{name}.[0-9]*")) if (home / "outputs/ensemble").is_dir()]
         for name in args.sets
     }
     each = [[name, home.suffix[1:], *cells([read_oof(home)]), *choices(home)] for name in homes for home in homes[name]]
-    print(table(["set", "seed", *scores, "share of the way, by fold: linear; Model A", "rates lowered"], each))
+    print(table(["set", "seed", *scores, "share of the way, by fold", "rates lowered"], each))
     oofs = {name: [read_oof(home) for home in homes[name]] for name in homes}
     mean = [[name, f"{len(found[0]):,}", str(len(found)), *cells(found)] for name, found in oofs.items()]
     ran = [folder / name for name in homes] + [home for name in homes for home in homes[name]]

@@ -18,7 +18,7 @@ from img2prompt.core.process import RECORD, records
 from img2prompt.core.storage import read_json
 from img2prompt.report.scores import markdown
 
-MODELS = ("ridge", "linear", "model_a", "model_b", "ensemble")
+MODELS = ("ridge", "model_a", "model_b", "ensemble")
 
 
 def stages(home: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -42,7 +42,7 @@ def main(ensemble: EnsembleParams) -> None:
     spread = np.zeros(len(names))
     for place, name in enumerate(names):
         kind, clip = kind_of(name)
-        if kind in ("linear", "model_a"):
+        if kind in ("linear", "model_a") and {name_of(head, clip) for head in ("linear", "model_a")} <= models.keys():
             heads = (models[name_of(head, clip)].take(scored) for head in ("linear", "model_a"))
             spread[place] = heads_spread(*heads, len(ids))
     weights = search_weights(members[scored].averaged(spread), family, alpha, free)

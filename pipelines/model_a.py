@@ -1,4 +1,4 @@
-"""model_a: for one fold, two heads on the last layers of every CLIP's image tower: one linear layer and the paper's."""
+"""model_a: for one fold, the paper's head and a linear baseline on the last layers of every CLIP's image tower."""
 
 import shutil
 import sys
@@ -28,7 +28,7 @@ DEPENDS = [
 
 
 def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParams, resume: Path, out: Path) -> None:
-    """Train both heads on one CLIP and write what `main` says."""
+    """Train the heads on one CLIP and write what `main` says."""
     where = device()
     features = Features.read(OUTPUTS, number, section)
     fold = Fold(rows, features, [held_out])
@@ -40,8 +40,8 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
     save_trained(out / "ridge.safetensors", nn.Sequential(), head, 0, features.views)
     found = {"ridge": predict(nn.Sequential(), head, features.stored_pooled(where), unseen, 1024, where)}
     inputs, choices = features.inputs(section.augmentation, section.seed, where), []
-    for kind, rates in (("linear", section.linear), ("model_a", section)):
-        seed = (section.seed, held_out)
+    for kind in sorted(section.heads):
+        rates, seed = section.linear if kind == "linear" else section, (section.seed, held_out)
         model, history, choice = fold.train(kind, start, inputs[0], section, rates, seed, where, resume)
         save_trained(out / f"{kind}.safetensors", model["tower"], model["head"], features.unfreeze, features.views)
         history.to_csv(out / f"{kind}_history.csv", index=False)
@@ -66,8 +66,9 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
 def main(model_a: ModelAParams) -> None:
     """Of every CLIP write {ridge,linear,model_a}.safetensors, their _oof.npy (fold's rows, 384), and histories.
 
-    `ridge` is the ridge regression on the untouched tower, where both heads start. choices.csv: for each head how far
-    from there training has gone, as rows of the training folds chose that it had not seen.
+    Of the heads, those in `model_a.heads`. `ridge` is the ridge regression on the untouched tower, where both start.
+    choices.csv: for each head how far from there training has gone, as rows of the training folds chose that it had
+    not seen.
     """
     held_out = int(sys.argv[1])
     rows = TrainRows.read(OUTPUTS)

@@ -166,7 +166,8 @@ def made_chain(folder: Path, clip: Path) -> Path:
             prepare={"train": ["input/train"], "test": "input/test"},
             folds={"ids": [3, 7]},
             clip={"model": str(clip)},
-            model_a={"unfreeze": 2, "epochs": 2, "steps": 4},
+            model_a={"heads": ["linear", "model_a"], "unfreeze": 2, "epochs": 2, "steps": 4},
+            ensemble={"members": ["model_a", "linear", "ridge", "model_b", "constant"]},
         )
         chain()
     return folder

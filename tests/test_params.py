@@ -22,6 +22,13 @@ def written(tmp_path, **changes):
     return file
 
 
+def test_a_member_is_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"ensemble\.members: linear: model_a\.heads does not train it"):
+        load_params(written(tmp_path, ensemble__members=["linear", "model_b"]))
+    with pytest.raises(ValueError, match=r"ensemble\.members: model_a: model_a\.heads does not train it"):
+        load_params(written(tmp_path, model_a__heads=["linear"]))
+
+
 def test_default_is_valid():
     assert load_params(REPOSITORY / "params.yaml").dedup.threshold == 0.85
 
@@ -60,6 +67,8 @@ def test_default_is_valid():
         ("model_a__lr_head", float("nan"), "model_a.lr_head"),
         ("model_a__augmentation__flip", 1.1, "model_a.augmentation.flip"),
         ("model_a__linear", None, "model_a.linear"),
+        ("model_a__heads", [], "model_a.heads"),
+        ("model_a__heads", ["linear", "clip"], "model_a.heads.1"),
         ("model_a__tta", ["flip", "flip"], "model_a"),
         ("model_a__tta", ["mirror"], "model_a.tta.0"),
         ("model_a__layer_decay", 0, "model_a.layer_decay"),

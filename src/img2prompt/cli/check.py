@@ -46,6 +46,11 @@ class Params(Section):
             )
         if clips != "all" and max(clips) >= count:
             raise ValueError(f"ensemble.clips: {clips}: clip.model has the numbers 0 to {count - 1}")
+        if untrained := {"linear", "model_a"} & {*self.ensemble.members} - {*self.model_a.heads}:
+            raise ValueError(
+                f"ensemble.members: {', '.join(sorted(untrained))}: model_a.heads does not train it: add it there, or "
+                "take it out here"
+            )
         return self
 
 

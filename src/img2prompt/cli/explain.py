@@ -91,7 +91,8 @@ def _predictions(split: str, row: int, folds: np.ndarray) -> dict[str, np.ndarra
     names = [name_of(kind, int(clip.name)) for clip in numbered(OUTPUTS / "knn") for kind in (*MODEL_A, "model_b")]
     folder = OUTPUTS / "predict"
     files = {name: folder / ("knn" if name.startswith("model_b") else "model_a") / f"{name}.npy" for name in names}
-    return {name: np.array(np.load(file, mmap_mode="r")[row]) for name, file in files.items()}
+    found = {name: file for name, file in files.items() if file.is_file()}  # of the heads those that were trained
+    return {name: np.array(np.load(file, mmap_mode="r")[row]) for name, file in found.items()}
 
 
 def _cosines(split: str, about: pd.Series, models: Mapping[str, np.ndarray], mixture: Mixture) -> Iterator[str]:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: what to search, and on which folds, heads, seeds and CLIP."""
     parser.add_argument("grids", nargs="*", default=list(GRIDS)[:3], metavar="grid")
     parser.add_argument("--folds", type=int, nargs="+", help="default: all")
-    parser.add_argument("--heads", nargs="+", default=["linear", "model_a"], choices=["linear", "model_a"])
+    parser.add_argument("--heads", nargs="+", choices=["linear", "model_a"], help="default: those of params.yaml")
     parser.add_argument("--seeds", type=int, default=1, help="number of trainings of each setting")
     parser.add_argument("--clip", type=int, default=0, help="number of the CLIP")
     parser.add_argument("--apart", action="store_true", help="each grid around params.yaml, not around the best so far")
@@ -136,7 +136,7 @@ def search(params: Params, asked: argparse.Namespace) -> None:
         return cosine(found, rows.targets[0, those])
 
     results: list[dict[str, object]] = []
-    for kind in asked.heads:
+    for kind in asked.heads or section.heads:
         rates = section if kind == "model_a" else section.linear
         pinned: Setting = {key: getattr(rates, key) for key in Rates.model_fields}
         pinned |= {key: [] if key == "tta" else getattr(section, key) for key in sorted(set(asked.grids) - set(pinned))}

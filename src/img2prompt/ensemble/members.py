@@ -44,14 +44,16 @@ def in_family(names: Iterable[str]) -> np.ndarray:
 def read_oof(outputs: Path, fold: np.ndarray) -> dict[str, Stack]:
     """Every model's out-of-fold predictions by name, (n, 384) float32, norm 1, of every CLIP in a folder of outputs.
 
-    They stay on disk. fold (n,) int64. Only the folds that it names are read: one that was removed leaves its files
-    behind.
+    They stay on disk. Of the heads there are those that were trained. fold (n,) int64. Only the folds that it names
+    are read: one that was removed leaves its files behind.
     """
     rows = np.empty(len(fold), dtype=np.int64)  # where a row is in the folds' predictions, one below the other
     rows[np.argsort(fold, kind="stable")] = np.arange(len(fold))
     folders, found = [outputs / f"model_a/fold_{held_out}" for held_out in np.unique(fold)], {}
     for clip in range(len(numbered(outputs / "knn"))):
         for kind in MODEL_A:
+            if not (folders[0] / f"{clip}/{kind}_oof.npy").is_file():
+                continue
             parts = [np.load(folder / f"{clip}/{kind}_oof.npy", mmap_mode="r") for folder in folders]
             found[name_of(kind, clip)] = Stack(parts, rows)
         found[name_of("model_b", clip)] = Stack([np.load(outputs / f"knn/{clip}/oof.npy", mmap_mode="r")])

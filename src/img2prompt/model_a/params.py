@@ -36,10 +36,11 @@ class Augmentation(Section):
 class ModelAParams(Rates):
     """Training of the paper's head (the inherited keys) and of the linear baseline (`linear`).
 
-    `unfreeze` holds one number of layers for all CLIPs, or one for each.
+    `heads` says which of the two train. `unfreeze` holds one number of layers for all CLIPs, or one for each.
     """
 
     seed: Seed
+    heads: Annotated[list[Literal["linear", "model_a"]], Field(min_length=1, max_length=2)]
     unfreeze: Layers | list[Layers]
     batch_size: Count
     accumulate: Count

@@ -49,14 +49,17 @@ class Trained:
     views: Sequence[str]
 
     @classmethod
-    def load(cls, folders: Sequence[Path], clip: Clip, device: str, kinds: Collection[str] = KINDS) -> Trained:
+    def load(cls, folders: Sequence[Path], clip: Clip, device: str, kinds: Collection[str] | None = None) -> Trained:
         """Load the files ridge.safetensors, linear.safetensors and model_a.safetensors of every fold's folder.
 
         clip: the one that they were trained on; it is not changed. kinds: some of KINDS; the others' files may be gone.
+        None: those that the first folder has.
 
         Raises:
             OSError, ValueError: a file is missing, or is of another CLIP.
         """
+        if kinds is None:
+            kinds = [kind for kind in KINDS if (folders[0] / f"{kind}.safetensors").is_file()]
         models: dict[str, list[nn.Sequential]] = {kind: [] for kind in KINDS if kind in kinds}
         layers = tower(clip.model.visual)
         depths: set[int] = set()

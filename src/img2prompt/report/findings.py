@@ -265,7 +265,7 @@ def by_length(run: Run) -> dict[str, object]:
     parts = [run.oof[number == own] for own in np.unique(number)]
     counts = [words[part.index] for part in parts]
     names = [f"{low}" if low == high else f"{low}–{high}" for low, high in ((n.min(), n.max()) for n in counts)]
-    models = ["constant", run.leading("model_a"), run.leading("model_b"), "ensemble"]
+    models = ["constant", *run.leaders, "ensemble"]
     rows = [
         [Cell(name, int(count.min())), cell(len(part)), *(mean_cell(part[m], part.group) for m in models)]
         for name, part, count in zip(names, parts, counts, strict=True)
@@ -301,7 +301,7 @@ def by_cluster(run: Run) -> Table | None:
     except ValueError:  # no prompt has a word but stop words
         words, names = np.zeros((len(rows), 0)), np.empty(0, str)
     overall, found = np.asarray(words.mean(axis=0)).ravel(), []
-    models = [run.leading("model_a"), run.leading("model_b"), "ensemble"]
+    models = [*run.leaders, "ensemble"]
     for number in np.unique(cluster):
         own = rows[cluster == number]
         more = np.asarray(words[cluster == number].mean(axis=0)).ravel() - overall

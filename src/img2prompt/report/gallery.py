@@ -55,7 +55,7 @@ def galleries(run: Run, words: Words, device: str) -> dict[str, object]:
     test = len(run.on_test) > 0
     table, rows = (run.on_test, run.test) if test else (run.oof, run.train)
     table = table[rows.image[table.index].notna()]
-    models, index = [run.leading("model_a"), run.leading("model_b")], table.index.to_numpy()
+    models, index = run.leaders, table.index.to_numpy()
     apart = cosine(*(run.member(model, test).take(index) for model in models))
     order, shown = np.argsort(-table.ensemble.to_numpy(), kind="stable"), min(SHOWN, -(-len(table) // 3))
     middle = (len(order) - shown) // 2

@@ -81,12 +81,14 @@ class Run:
         known = self.test[self.test.prompt.notna()]
         return self.cosines[len(self.train) :].set_index(known.index).assign(prompt=known.prompt)
 
-    def leading(self, kind: str) -> str:
-        """The model of a kind, `model_a` or `model_b`, that weighs most; of equal ones that of the first CLIP."""
-        return max(
-            (name for name in self.models if kind_of(name)[0] == kind),
-            key=lambda name: self.weights.weight.get(name, 0),
-        )
+    @property
+    def leaders(self) -> list[str]:
+        """The trained head and the Model B that weigh most; of equal ones Model A's, and that of the first CLIP."""
+        found = []
+        for kinds in (("model_a", "linear"), ("model_b",)):
+            names = [name for kind in kinds for name in self.models if kind_of(name)[0] == kind]
+            found.append(max(names, key=lambda name: self.weights.weight.get(name, 0)))
+        return found
 
     @cached_property
     def _oof_predictions(self) -> dict[str, Stack]:

@@ -73,7 +73,8 @@ def mean_histories(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
     """
     columns = {}
     for clip in numbered(folder / f"fold_{folds[0]}"):
-        for kind in ("linear", "model_a"):
+        trained = sorted((folder / f"fold_{folds[0]}" / clip.name).glob("*_history.csv"))
+        for kind in (file.name.removesuffix("_history.csv") for file in trained):
             files = [folder / f"fold_{held_out}" / clip.name / f"{kind}_history.csv" for held_out in folds]
             scores = pd.concat([pd.read_csv(file).score for file in files], axis=1)
             columns[name_of(kind, int(clip.name))] = scores.mean(axis=1)
