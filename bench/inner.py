@@ -17,6 +17,8 @@ from img2prompt.model_a.params import Augmentation, ModelAParams
 from img2prompt.model_a.prediction import predict
 from img2prompt.model_a.training import Start
 
+OFF = dict.fromkeys(Augmentation.model_fields, 0.0)  # augmentation
+
 
 @dataclass(frozen=True)
 class InnerSplit:
@@ -79,9 +81,6 @@ class InnerSplit:
         inputs = self.features.inputs(augmentation, seed, where) if augmentation and augmentation.on else self.plain
         fold = self._fold(self.rows.targets if targets is None else targets)
         with tempfile.TemporaryDirectory() as resume:
-            model, _, _ = fold.train(kind, start, inputs[0], section, rates, (seed, self.held_out), where, Path(resume))
+            model, *_ = fold.train(kind, start, inputs, section, rates, (seed, self.held_out), where, Path(resume))
         seconds = time.monotonic() - began
         return predict(model["tower"], model["head"], self.plain, self.wanted, section.batch_size, where), seconds
-
-
-OFF = dict.fromkeys(Augmentation.model_fields, 0.0)

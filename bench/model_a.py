@@ -66,7 +66,7 @@ def trained(fold: Fold, start: Start) -> nn.ModuleDict:
     section, inputs = settings(), Stored(fold.features.pooled)
     with tempfile.TemporaryDirectory() as resume:
         seed = (section.seed, *fold.unseen)
-        return fold.train("model_a", start, inputs, section, section, seed, "cpu", Path(resume))[0]
+        return fold.train("model_a", start, [inputs], section, section, seed, "cpu", Path(resume))[0]
 
 
 def on_unseen(model: nn.ModuleDict, pooled: np.ndarray) -> np.ndarray:

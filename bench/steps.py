@@ -61,7 +61,7 @@ def steps(fold: Fold, section: ModelAParams, plain: bool) -> tuple[pd.DataFrame,
         tempfile.TemporaryDirectory() as resume,
     ):
         seed = (section.seed, *fold.unseen)
-        *_, choice = fold.train("model_a", start, inputs, section, section, seed, where, Path(resume))
+        _, _, choice, _ = fold.train("model_a", start, [inputs], section, section, seed, where, Path(resume))
     table = pd.DataFrame(found)
     return table, at_start, at_start + choice.gain.mean, list(table.columns[2:])
 

@@ -1,5 +1,6 @@
 """ensemble: the members' weights, found out of fold, and every model's cosines with the train targets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,21 @@ from img2prompt.core.metric import cosine
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import numbered, whole_folder
 from img2prompt.ensemble.constant import constant
-from img2prompt.ensemble.members import CONSTANT, in_family, kind_of, members_of, name_of, read_oof
+from img2prompt.ensemble.members import CONSTANT, in_family, kind_of, members_of, read_oof
 from img2prompt.ensemble.mixture import Mixture
 from img2prompt.ensemble.params import EnsembleParams
-from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, search_weights
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, models_spread, search_weights
 from pipelines import run
 
 OUTPUTS = Path("outputs")
+
+
+def validated(name: str, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The validation rows (v,) of all folds' trainings of a head, and what its models make of them: (v, 384)."""
+    kind, clip = kind_of(name)
+    folders = [OUTPUTS / f"model_a/fold_{held_out}/{clip}" for held_out in ids]
+    rows = np.concatenate([np.load(folder / "validation_rows.npy") for folder in folders])
+    return rows, np.concatenate([np.load(folder / f"{kind}_validation.npy") for folder in folders])
 
 
 def main(ensemble: EnsembleParams) -> None:
@@ -41,10 +50,9 @@ def main(ensemble: EnsembleParams) -> None:
     # Out of fold one model predicts an image, elsewhere the mean of all folds' models: a better one where they differ.
     spread = np.zeros(len(names))
     for place, name in enumerate(names):
-        kind, clip = kind_of(name)
-        if kind in ("linear", "model_a") and {name_of(head, clip) for head in ("linear", "model_a")} <= models.keys():
-            heads = (models[name_of(head, clip)].take(scored) for head in ("linear", "model_a"))
-            spread[place] = heads_spread(*heads, len(ids))
+        if kind_of(name)[0] in ("linear", "model_a"):
+            watched, unknown = validated(name, ids)
+            spread[place] = models_spread(models[name].take(watched), unknown, len(ids)) if len(watched) else 0.0
     weights = search_weights(members[scored].averaged(spread), family, alpha, free)
     oof = rows.assign(split="train", fold=fold, group=table.group.to_numpy(), scored=scored)
     for name, predictions in models.items():

@@ -42,12 +42,14 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
     inputs, choices = features.inputs(section.augmentation, section.seed, where), []
     for kind in sorted(section.heads):
         rates, seed = section.linear if kind == "linear" else section, (section.seed, held_out)
-        model, history, choice = fold.train(kind, start, inputs[0], section, rates, seed, where, resume)
+        model, history, choice, unknown = fold.train(kind, start, inputs, section, rates, seed, where, resume)
         save_trained(out / f"{kind}.safetensors", model["tower"], model["head"], features.unfreeze, features.views)
         history.to_csv(out / f"{kind}_history.csv", index=False)
+        np.save(out / f"{kind}_validation.npy", unknown)
         choices.append({"head": kind, "trained": start.fitted.sum(), **choice.facts(len(start.validation))})
         found[kind] = predict(model["tower"], model["head"], inputs, unseen, section.batch_size, where)
     pd.DataFrame(choices).to_csv(out / "choices.csv", index=False)
+    np.save(out / "validation_rows.npy", start.validation)
     scored = rows.scored[unseen]
     targets, scores = rows.targets[0, unseen][scored], {}
     for kind, predictions in found.items():
@@ -68,7 +70,7 @@ def main(model_a: ModelAParams) -> None:
 
     Of the heads, those in `model_a.heads`. `ridge` is the ridge regression on the untouched tower, where both start.
     choices.csv: for each head how far from there training has gone, as rows of the training folds chose that it had
-    not seen.
+    not seen: validation_rows.npy (v,) int64. {linear,model_a}_validation.npy (v, 384): what it makes of these.
     """
     held_out = int(sys.argv[1])
     rows = TrainRows.read(OUTPUTS)

@@ -7,7 +7,7 @@ import pytest
 from img2prompt.core.metric import bootstrap_interval, cosine, unit
 from img2prompt.ensemble.constant import constant
 from img2prompt.ensemble.mixture import Mixture
-from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, heads_spread, mix, search_weights
+from img2prompt.ensemble.weights import Cosines, alpha_curve, cross_fitted, mix, models_spread, search_weights
 from img2prompt.report.scores import fold_scores, gain_over_best_member, over_start, scores_of, scores_table
 
 N, DIM = 300, 16
@@ -233,7 +233,7 @@ def test_means_of_models_are_nearer_to_the_target_and_to_each_other():
     np.testing.assert_allclose(found.to_each_other, [[0.625]])
 
 
-def test_two_heads_out_of_fold_tell_the_weights_for_means_of_models():
+def test_pairs_of_models_tell_the_weights_for_means_of_them():
     # Two heads of five models each, whose errors are in part their own each time, and one model; 5,000 images, 64-d.
     rng = np.random.default_rng(0)
     targets = unit(rng.normal(size=(5000, 64)))
@@ -246,7 +246,7 @@ def test_two_heads_out_of_fold_tell_the_weights_for_means_of_models():
     other = unit(targets + noise(0.14))
     wanted = search_weights(Cosines.between([np.mean(first, axis=0), np.mean(second, axis=0), other], targets))
     single = Cosines.between([first[0], second[0], other], targets)
-    spread = heads_spread(first[0], second[0], 5)
+    spread = models_spread(first[0], second[0], 5)
     assert spread == pytest.approx(1 - np.square(np.linalg.norm(np.mean(first, axis=0), axis=1)).mean(), rel=0.05)
     found = search_weights(single.averaged(np.array([spread, spread, 0])))
     assert abs(found[2] - wanted[2]) < 0.01

@@ -15,7 +15,7 @@ from img2prompt.clip.towers import tower as tower_of
 from img2prompt.clip.towers import unfrozen
 from img2prompt.core import blocks as core_blocks
 from img2prompt.core.blocks import Stack
-from img2prompt.core.metric import cosine
+from img2prompt.core.metric import cosine, unit
 from img2prompt.model_a import ridge as module
 from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
@@ -526,10 +526,14 @@ def begin(parts=4):
     return Start(REGRESSION, fitted, np.arange(80, 100), INNER, of_part, others)
 
 
-def trained(resume, tower, section, kind="linear", targets=TARGETS, beginning=None, **rates):
+def trained(*args, **options):
+    return trained_and_shown(*args, **options)[:3]
+
+
+def trained_and_shown(resume, tower, section, kind="linear", targets=TARGETS, beginning=None, **rates):
     rates = section.linear.model_copy(update=rates)
     args = (TARGETS[None] if targets is None else targets[None], GROUPS, section, rates, (0, 1), "cpu", resume)
-    return train(kind, beginning or begin(), FEATURES, Stored(FEATURES), tower, *args)
+    return train(kind, beginning or begin(), FEATURES, [Stored(FEATURES)], tower, *args)
 
 
 @pytest.mark.parametrize("kind", ["linear", "model_a"])
@@ -547,6 +551,17 @@ def test_where_training_does_harm_the_model_is_its_start_on_all_rows(tmp_path, k
     expected = type(head)(REGRESSION, 0.0, 0)
     assert torch.equal(weights(head), weights(expected))
     assert torch.equal(head.state_dict().get("mean", torch.zeros(0)), expected.state_dict().get("mean", torch.zeros(0)))
+
+
+def test_validation_rows_are_shown_to_a_model_that_does_not_know_them(tmp_path):
+    """What is said of them is the inner regression's where nothing is learned, and not that of all training rows."""
+    section = settings()
+    *_, shown = trained_and_shown(tmp_path / "a", identity(), section, lr_tower=1e-12, lr_head=1e-12)
+    by_inner, by_all = (LinearHead(regression, 0.0, 0).eval() for regression in (INNER, REGRESSION))
+    watched = torch.from_numpy(FEATURES[80:100])
+    np.testing.assert_allclose(shown, unit(by_inner(watched).detach().numpy()), atol=1e-6)
+    assert np.abs(shown - unit(by_all(watched).detach().numpy())).max() > 1e-4
+    assert shown.shape == (20, 6)
 
 
 def test_the_point_kept_is_the_best_on_the_validation_rows(tmp_path, monkeypatch):

@@ -120,9 +120,9 @@ def search(params: Params, asked: argparse.Namespace) -> None:
         changed = section.model_copy(update=setting)
         folder = RESUME / "search" / digest(repr((*place, setting)))
         starting = {key: getattr(changed, key) for key in ("pretrain", "validation", "cross_fit")}
-        model, _, _ = splits[held_out].train(
-            kind, start(held_out, **starting), frozen["plain"], changed, rates, (section.seed + seed, held_out), where,
-            folder,
+        model, *_ = splits[held_out].train(
+            kind, start(held_out, **starting), [frozen["plain"]], changed, rates, (section.seed + seed, held_out),
+            where, folder,
         )  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
         if "tta" in asked.grids:

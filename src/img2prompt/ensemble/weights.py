@@ -103,13 +103,13 @@ def _along(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.einsum("pn,n->p", rows, values)
 
 
-def heads_spread(first: np.ndarray | Stack, second: np.ndarray | Stack, k: int) -> float:
-    """How much shorter than 1, squared, the mean of k folds' models of a head will be, told from two heads out of fold.
+def models_spread(first: np.ndarray | Stack, second: np.ndarray | Stack, k: int) -> float:
+    """How much shorter than 1, squared, the mean of k folds' models will be, told from pairs of them.
 
-    first, second (n, d), norm 1: predictions of two heads that were trained on the same rows in other orders. What they
-    disagree on, 1 minus their mean cosine, is half the sum of the variances of training; the mean of k models loses all
-    but 1/k of its own. That other folds are other rows too is left out, so this is rather too little. No test image is
-    looked at.
+    first, second (n, d), norm 1: for each of some rows what two of the models make of it, neither of which has trained
+    on it. Such rows are those that watched one fold's training: that fold's model is one, and the other is the model
+    that the row is held out from. What they disagree on, 1 minus their mean cosine, is half the sum of the variances of
+    training; the mean of k models loses all but 1/k of its own. No test image is looked at.
     """
     return float(1 - cosine(first, second).mean()) * (1 - 1 / k)
 

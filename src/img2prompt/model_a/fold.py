@@ -168,19 +168,20 @@ class Fold:
         self,
         kind: str,
         start: Start,
-        inputs: Inputs,
+        views: Sequence[Inputs],
         settings: ModelAParams,
         rates: Rates,
         seed: Sequence[int],
         device: str,
         resume: Path,
-    ) -> tuple[nn.ModuleDict, pd.DataFrame, Choice]:
+    ) -> tuple[nn.ModuleDict, pd.DataFrame, Choice, np.ndarray]:
         """Train a copy of the tower's last layers with a head.
 
         Args: as `training.train`.
 
         Returns:
-            The trained `tower` and `head`, the history, and what the validation rows chose.
+            The trained `tower` and `head`, the history, what the validation rows chose, and what is predicted of
+            them: see `training.train`.
         """
         rows, last = self.rows, self.features.last
         stands_for = None
@@ -189,8 +190,8 @@ class Fold:
             barred = np.isin(rows.fold, self.unseen) | np.isin(rows.group, rows.group[start.validation])
             free = (rows.stands_for >= 0) & ~barred & start.fitted[rows.stands_for]
             stands_for = np.where(free, rows.stands_for, -1)
-        head, history, choice = train(
-            kind, start, self.features.pooled, inputs, last, rows.targets, rows.group, settings, rates, seed, device,
+        head, *found = train(
+            kind, start, self.features.pooled, views, last, rows.targets, rows.group, settings, rates, seed, device,
             resume, stands_for,
         )  # fmt: skip
-        return nn.ModuleDict({"tower": last, "head": head}), history, choice
+        return nn.ModuleDict({"tower": last, "head": head}), *found

@@ -26,6 +26,7 @@ from img2prompt.core.storage import whole
 from img2prompt.model_a.heads import HEADS, LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Inputs
 from img2prompt.model_a.params import ModelAParams, Rates
+from img2prompt.model_a.prediction import predict
 from img2prompt.model_a.ridge import Ridge
 from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, blend
 
@@ -388,7 +389,7 @@ def train(
     kind: str,
     start: Start,
     pooled: np.ndarray,
-    inputs: Inputs,
+    views: Sequence[Inputs],
     tower: nn.Sequential,
     targets: np.ndarray,
     groups: np.ndarray,
@@ -398,7 +399,7 @@ def train(
     device: str,
     resume: Path,
     stands_for: np.ndarray | None = None,
-) -> tuple[LinearHead | PaperHead, pd.DataFrame, Choice]:
+) -> tuple[LinearHead | PaperHead, pd.DataFrame, Choice, np.ndarray]:
     """Train tower and head from the ridge regression of the rows that are not for validation, as far as those choose.
 
     Then the start gets the validation rows back: what training changed is added to the regression of all training
@@ -412,7 +413,7 @@ def train(
         kind: a key of HEADS.
         start: see Start.
         pooled: (n, d) float32, V(x) of the untouched tower.
-        inputs: of `tower`, by row.
+        views: the inputs of `tower`, by row, of each view of the images; the first one trains.
         tower: the layers that train, changed in place; if it has none, the head alone trains.
         targets: as in `fit`.
         groups: (n,) int, equal for similar prompts.
@@ -424,7 +425,8 @@ def train(
         stands_for: (n,) int64, as in `AnyImage`; None: each row's own image.
 
     Returns:
-        The trained head, the history (`epoch`, `loss`, `score`), and the choice.
+        The trained head, the history (`epoch`, `loss`, `score`), the choice, and (v, t) float32, norm 1: what the
+        trained model makes of the v validation rows while it does not know them, so before the start gets them back.
     """
     # Each head has its own order of rows: their errors differ, so that their mean errs less than one.
     seed = (*seed, list(HEADS).index(kind))
@@ -453,16 +455,17 @@ def train(
         seed=(*seed, 1),
     )
     validation = Validation(
-        inputs, watch, targets[0, watch], groups[watch], _floor(targets[0], rows, watch), settings.batch_size, device
+        views[0], watch, targets[0, watch], groups[watch], _floor(targets[0], rows, watch), settings.batch_size, device
     )
     draw = None if stands_for is None else AnyImage(stands_for, schedule.seed)
     history, choice = fit(
-        tower, head, inputs, targets, rows, schedule, device, resume / f"{kind}.safetensors", validation,
+        tower, head, views[0], targets, rows, schedule, device, resume / f"{kind}.safetensors", validation,
         kind, start.parts, draw,
     )  # fmt: skip
+    unknown = predict(tower, head, views, watch, settings.batch_size, device).reshape(len(watch), targets.shape[-1])
     tower.to("cpu")
     give_back(head.to("cpu"), before, heads["whole"].state_dict())
-    return head, pd.DataFrame(history, columns=["epoch", "loss", "score"]), choice
+    return head, pd.DataFrame(history, columns=["epoch", "loss", "score"]), choice, unknown
 
 
 def give_back(head: nn.Module, start: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
