@@ -194,6 +194,23 @@ def test_a_given_alpha_is_used_and_the_best_one_still_recorded(copy):
     assert scores()["ensemble"]["alpha_searched"] == searched
 
 
+def test_what_no_head_trained_is_missed_nowhere(copy, capsys):
+    """With Model A alone, as by default, everything that reads a run does without the linear baseline."""
+    default = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    change(model_a={"heads": default["model_a"]["heads"]}, ensemble={"members": default["ensemble"]["members"]})
+    chain(["model_a", "ensemble", *APPLY])
+    assert list(scores())[:5] == ["constant", "ridge", "model_a", "model_b", "ensemble"]
+    images = read_rows(Path("outputs/prepare_test/test.parquet")).image.tolist()
+    found = Predictor.load("outputs", "cpu").predict(images)
+    np.testing.assert_array_equal(found.embeddings, np.load("outputs/scores/test.npy"))
+    assert set(found.members) == {"ridge", "model_a", "model_b"}
+    main(["export", "bundle", "--float32", "--no-thumbnails"])
+    np.testing.assert_allclose(Predictor.load("bundle", "cpu").predict(images).embeddings, found.embeddings, atol=1e-6)
+    capsys.readouterr()
+    main(["explain", "p007", "--split", "test"])
+    assert "linear" not in capsys.readouterr().out
+
+
 def test_the_paper_s_ensemble_is_that_of_two_members(copy):
     before = scores()
     change(ensemble={"members": ["model_a", "model_b"], "alpha": 0.6})

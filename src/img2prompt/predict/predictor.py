@@ -26,7 +26,7 @@ from img2prompt.core.images import decode, open_image, to_rgb
 from img2prompt.core.storage import digest, numbered
 from img2prompt.ensemble.members import kind_of, name_of
 from img2prompt.ensemble.mixture import Mixture
-from img2prompt.model_a.trained import KINDS, Trained
+from img2prompt.model_a.trained import Trained
 from img2prompt.model_b.bank import Bank
 from img2prompt.predict.bundle import MANIFEST, Bundle, Links, is_bundle
 
@@ -63,10 +63,13 @@ class _OneClip:
     device: str
 
     @classmethod
-    def load(cls, folder: Path, number: int, folds: Sequence[int], device: str, kinds: Collection[str]) -> _OneClip:
+    def load(
+        cls, folder: Path, number: int, folds: Sequence[int], device: str, kinds: Collection[str] | None
+    ) -> _OneClip:
+        """Load the models of some kinds; None: of all that there are."""
         clip = load_clip(folder / f"clip/{number}", device)
         trained = Trained.load([folder / f"model_a/fold_{k}/{number}" for k in folds], clip, device, kinds)
-        bank = Bank.load(folder / f"knn/{number}").on(device) if "model_b" in kinds else None
+        bank = Bank.load(folder / f"knn/{number}").on(device) if kinds is None or "model_b" in kinds else None
         embedder = Embedder(clip, device, trained.unfreeze, _wanted(trained, bank), trained.views)
         return cls(number, clip, embedder, trained, bank, device)
 
@@ -149,7 +152,7 @@ class Predictor:
         mixture = Mixture.load(folder / "ensemble")
         clips = []
         for number in (int(path.name) for path in numbered(folder / "clip")):
-            kinds = _kinds(members, number) if members else {*KINDS, "model_b"}
+            kinds = _kinds(members, number) if members else None
             clips.append(_OneClip.load(folder, number, mixture.folds, device, kinds))
         return cls(clips, mixture, folder, device)
 
