@@ -353,7 +353,7 @@ def test_an_image_s_page_has_what_each_model_made_of_it(here, capfd):
         page = explained(capfd, name, "--split", split, "--top", 1000)
         assert page.startswith(f"{split} image {name} of input/{split}")
         row = scores.loc[(split, name)]
-        table = {line.split()[0]: line.split() for line in page.splitlines() if re.match(r"\w+ .* [\d.]{6}$", line)}
+        table = {line.split()[0]: line.split() for line in page.splitlines() if re.match(r"\w+ .* -?[\d.]{6}$", line)}
         for model in ("ensemble", "model_a", "linear", "ridge", "model_b", "constant"):
             assert table[model][-2] == f"{row[model]:.4f}"
         assert table["ensemble"][-1] == "1.0000"

@@ -114,7 +114,7 @@ def test_the_gallery_shows_the_best_and_the_worst_with_their_nearest_prompts(hom
     best = text.partition("Best")[2]
     assert re.search(r"0\.\d{3}", best)[0] == f"{readable.ensemble.max():.3f}"
     worst = text.partition("Worst")[2].partition("Disagreement")[0]
-    assert re.search(r"0\.\d{3}", worst)[0] == f"{readable.ensemble.min():.3f}"
+    assert re.search(r"-?0\.\d{3}", worst)[0] == f"{readable.ensemble.min():.3f}"
     predicted = np.load("outputs/predict/knn/model_b.npy")
     targets, prompts = (
         np.load("outputs/embed_prompts/train.npy"),
