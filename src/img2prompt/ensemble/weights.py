@@ -179,9 +179,8 @@ def alpha_curve(cosines: Cosines, family: np.ndarray, fold: np.ndarray, free: np
     rows, weights = [], None
     folds, own, sizes = np.unique(fold, return_inverse=True, return_counts=True)
     for alpha in np.arange(101) / 100:
-        weights = search_weights(
-            cosines, family, alpha, free, weights
-        )  # the optimum of the last alpha is near this one
+        # The optimum of the last alpha is near this one.
+        weights = search_weights(cosines, family, alpha, free, weights)
         of_mix = cosines.of_mix(weights)
         rows.append((alpha, of_mix.mean(), *(np.bincount(own, of_mix) / sizes)))
     return pd.DataFrame(rows, columns=["alpha", "score", *(f"fold_{number}" for number in folds)])
