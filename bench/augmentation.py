@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.inner import OFF, InnerSplit
-from bench.run import PROJECT
+from bench.inner import NONE, InnerSplit
 from img2prompt.cli.check import Params, load_params
-from img2prompt.cli.documents import caption, put
+from img2prompt.cli.documents import caption
 from img2prompt.core.device import device
 from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.process import made
@@ -28,7 +27,6 @@ from img2prompt.prompts.augmentation import augment_prompt, thesaurus
 from img2prompt.prompts.encoder import Encoder
 from img2prompt.report.scores import markdown
 
-NONE = Augmentation(**OFF)
 IMAGES = {
     "crop, up to 0.3 of the area": {"crop": 0.3},
     "rotation, up to 15 degrees": {"rotation": 15},
@@ -80,16 +78,12 @@ def main() -> None:
     parser.add_argument("sets", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--fold", type=int, default=0, help="the fold that is held out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--docs", action="store_true", help="put the table into docs/results.md")
     asked = parser.parse_args()
     cells = [["set", "augmentation", "Model A", "gain [95%]", "lowest seed", "time"], ["---"] * 6]
     for name, _, folder in (one.partition("=") for one in asked.sets):
         with contextlib.chdir(folder):  # images are named from there, and params.yaml may be another
             cells += [[name, *line] for line in measure(asked.fold, asked.seeds)]
-    text = f"{markdown(cells)}\n{caption(f'{len(asked.seeds)} seeds, an inner split of fold {asked.fold}', [made()])}"
-    print(text)
-    if asked.docs:
-        put({"augmentation": text}, PROJECT)
+    print(f"{markdown(cells)}\n{caption(f'{len(asked.seeds)} seeds, an inner split of fold {asked.fold}', [made()])}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What time buys: the scores of more and of less training on inner splits, by the time of the whole run.
 
-    python -m bench.budget FOLDER --docs
+    python -m bench.budget FOLDER
 
 Reads outputs/ and run.js of the last run here, and trains both heads with the settings of POINTS on inner splits of two
 folds; FOLDER has a project for each, which shares the run's other outputs. The ensemble has the run's Model B, with
@@ -13,27 +13,22 @@ import argparse
 import contextlib
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 from torch import nn
 
 from bench.inner import InnerSplit
-from bench.run import PROJECT
 from bench.sets import merged, run
 from img2prompt.cli.check import load_params
-from img2prompt.cli.documents import caption, put
+from img2prompt.cli.documents import caption
 from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.process import RECORD, made, records
-from img2prompt.core.storage import whole
 from img2prompt.ensemble.constant import constant
 from img2prompt.ensemble.members import CONSTANT
 from img2prompt.ensemble.weights import Cosines, search_weights
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.prediction import predict
-from img2prompt.report.figures import COLOURS
 from img2prompt.report.scores import markdown
 
 POINTS = [(0, 4), (5, 4), (7, 4), (7, 6), (7, 9)]  # layers that train, epochs
@@ -93,34 +88,10 @@ def whole_run(home: Path, split_seconds: float, folds: int) -> float:
     return sum(others) + sum(frozen) + folds * split_seconds * (folds - 1) / (folds - 2)
 
 
-def draw(path: Path, table: pd.DataFrame) -> None:
-    """Draw the scores of the ensemble and of Model A at the time of the whole run; columns as `main` makes them."""
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 4.6), layout="constrained")
-        axes = figure.subplots()
-        for heads, rows in table.sort_values("minutes").groupby("heads", sort=False):
-            style = "-" if heads == "model_a" else "--"
-            axes.plot(
-                rows.minutes, rows.ensemble, style, marker="o", color=COLOURS["ensemble"], label=f"ensemble, {heads}"
-            )
-            for row in rows.itertuples():
-                place = dict(xytext=(0, 7), ha="center") if heads == "model_a" else dict(xytext=(0, -14), ha="center")
-                axes.annotate(
-                    f"{row.layers} × {row.epochs}", (row.minutes, row.ensemble), textcoords="offset points", **place
-                )
-        alone = table[table.heads == "model_a"].sort_values("minutes")
-        axes.plot(alone.minutes, alone.model_a, marker=".", color=COLOURS["model_a"], label="model_a")
-        axes.set(xlabel="minutes of the whole run", ylabel="mean cosine on inner splits", xlim=(0, None))
-        axes.margins(y=0.12)
-        axes.legend(frameon=False, loc="lower right")
-        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the projects")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--docs", action="store_true", help="put the table into docs/results.md, with docs/budget.png")
     asked = parser.parse_args()
     section, folds = load_params().model_a, len(load_params().folds.ids)
     here = section.unfreeze, section.epochs
@@ -151,12 +122,7 @@ def main() -> None:
             f"{row.minutes:.1f} min",
         ])  # fmt: skip
     of = f"Inner splits of folds {', '.join(map(str, FOLDS))}, {len(first['group']):,} pictures, seed {asked.seed}"
-    text = f"{markdown(cells)}\n{caption(of, [made()])}"
-    print(text)
-    if asked.docs:
-        put({"budget": text}, PROJECT)
-        with whole(PROJECT / "docs/budget.png") as path:
-            draw(path, table)
+    print(f"{markdown(cells)}\n{caption(of, [made()])}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from img2prompt.model_a.params import Augmentation, ModelAParams
 from img2prompt.model_a.prediction import predict
 from img2prompt.model_a.training import Start
 
-OFF = dict.fromkeys(Augmentation.model_fields, 0.0)  # augmentation
+NONE = Augmentation(crop=0, rotation=0, flip=0)
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class InnerSplit:
     @cached_property
     def plain(self) -> list[Inputs]:
         """The inputs of the layers that train, of images as they are."""
-        return self.features.inputs(self.section.augmentation.model_copy(update=OFF), 0, device())
+        return self.features.inputs(NONE, 0, device())
 
     def _fold(self, targets: np.ndarray) -> Fold:
         return Fold(replace(self.rows, targets=targets), self.features, [self.held_out, self.scored_on])
 
     def train(
-        self, kind: str, seed: int, augmentation: Augmentation | None = None, targets: np.ndarray | None = None
+        self, kind: str, seed: int, augmentation: Augmentation = NONE, targets: np.ndarray | None = None
     ) -> tuple[np.ndarray, float]:
         """Train a head, `linear` or `model_a`, with its layers: predictions (m, 384) float32, and the seconds it took.
 
@@ -78,7 +78,7 @@ class InnerSplit:
         section, start, where = self.section, self.start, device()
         rates = section.linear if kind == "linear" else section
         began = time.monotonic()
-        inputs = self.features.inputs(augmentation, seed, where) if augmentation and augmentation.on else self.plain
+        inputs = self.features.inputs(augmentation, seed, where) if augmentation.on else self.plain
         fold = self._fold(self.rows.targets if targets is None else targets)
         with tempfile.TemporaryDirectory() as resume:
             model, *_ = fold.train(kind, start, inputs, section, rates, (seed, self.held_out), where, Path(resume))
