@@ -33,7 +33,7 @@ from img2prompt.report.scores import markdown
 
 POINTS = [(0, 4), (5, 4), (7, 4), (7, 6), (7, 9)]  # layers that train, epochs
 FOLDS = (0, 2)
-SHARED = ("prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "knn")
+SHARED = ("prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "knn")  # of the run's outputs
 HEADS = {"model_a": ("model_a",), "linear, model_a": ("linear", "model_a")}
 
 
@@ -41,9 +41,9 @@ def project(folder: Path, layers: int, epochs: int) -> Path:
     """A project with the run's outputs, these settings, and what its frozen layers give."""
     home = folder / f"{layers}-{epochs}"
     (home / "outputs").mkdir(parents=True, exist_ok=True)
-    for name in SHARED:
-        if not (home / "outputs" / name).exists():
-            (home / "outputs" / name).symlink_to(Path("outputs", name).resolve())
+    for name in ("input", *(f"outputs/{stage}" for stage in SHARED)):
+        if not (home / name).exists():
+            (home / name).symlink_to(Path(name).resolve())
     settings = {"unfreeze": layers, "epochs": epochs, "linear": {"epochs": epochs}}
     run(home, merged(yaml.safe_load(Path("params.yaml").read_text()), {"model_a": settings}), ("freeze",))
     return home
