@@ -1,27 +1,29 @@
 """What time buys: the scores of more and of less training on inner splits, by the time of the whole run.
 
-    python -m bench.budget FOLDER
+    python -m bench.budget FOLDER [--docs]
 
 Reads outputs/ and run.js of the last run here, and trains both heads with the settings of POINTS on inner splits of two
 folds; FOLDER has a project for each, which shares the run's other outputs. The ensemble has the run's Model B, with
 the linear baseline or without, and its weights are found on the other inner split. The time of a whole run is what its
 stages took, with `freeze` and `model_a` replaced: an inner split trains on all folds but two, a fold on all but one.
-Gains are over the run's own settings.
+Gains are over the run's own settings. --docs puts the table into docs/results.md and draws docs/budget.png.
 """
 
 import argparse
 import contextlib
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 from torch import nn
 
 from bench.inner import InnerSplit
-from bench.sets import merged, run
+from bench.sets import ROOT, merged, run
 from img2prompt.cli.check import load_params
-from img2prompt.cli.documents import caption
+from img2prompt.cli.documents import caption, put
 from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.process import RECORD, made, records
 from img2prompt.ensemble.constant import constant
@@ -29,9 +31,10 @@ from img2prompt.ensemble.members import CONSTANT
 from img2prompt.ensemble.weights import Cosines, search_weights
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.prediction import predict
+from img2prompt.report.figures import COLOURS
 from img2prompt.report.scores import markdown
 
-POINTS = [(0, 4), (5, 4), (7, 4), (7, 6), (7, 9)]  # layers that train, epochs
+POINTS = [(0, 4), (5, 4), (7, 4), (7, 6), (7, 9), (9, 9)]  # layers that train, epochs
 FOLDS = (0, 2)
 SHARED = ("prepare", "embed_prompts", "dedup", "folds", "clip", "embed_images", "knn")  # of the run's outputs
 HEADS = {"model_a": ("model_a",), "linear, model_a": ("linear", "model_a")}
@@ -88,10 +91,38 @@ def whole_run(home: Path, split_seconds: float, folds: int) -> float:
     return sum(others) + sum(frozen) + folds * split_seconds * (folds - 1) / (folds - 2)
 
 
+def draw(path: Path, table: pd.DataFrame) -> None:
+    """Draw a table of `main`, by minutes, as a PNG: the ensemble's score with the baseline beside Model A and without.
+
+    The bars are the gain's interval over the first row, which is the run's own setting.
+    """
+    own = table.loc[0]
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for heads, label in (("model_a", "Model A alone"), ("linear, model_a", "and the linear baseline")):
+            of = table[table.heads == heads].sort_values("minutes")
+            bars = np.abs(of[["low", "high"]].to_numpy().T - of.gain.to_numpy())
+            colour = COLOURS[heads.partition(",")[0]]
+            axes.errorbar(of.minutes, of.ensemble, yerr=bars, fmt="o-", linewidth=1, color=colour, label=label)
+            above = heads == "model_a"
+            for row in of.itertuples():
+                axes.annotate(
+                    f"{row.layers} x {row.epochs}", (row.minutes, row.ensemble), textcoords="offset points",
+                    xytext=(-6, 6) if above else (6, -12), ha="right" if above else "left", color=colour,
+                )  # fmt: skip
+        axes.plot(own.minutes, own.ensemble, "o", markersize=12, fillstyle="none", color="black", label="this run")
+        axes.set(xlabel="minutes of the whole run", ylabel="ensemble, mean cosine", xlim=(0, None))
+        axes.set_title("Layers that train x epochs, on inner splits", fontsize=9)
+        axes.legend(frameon=False, loc="lower right")
+        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the projects")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--docs", action="store_true", help="put the table and the figure into docs/")
     asked = parser.parse_args()
     section, folds = load_params().model_a, len(load_params().folds.ids)
     here = section.unfreeze, section.epochs
@@ -122,7 +153,11 @@ def main() -> None:
             f"{row.minutes:.1f} min",
         ])  # fmt: skip
     of = f"Inner splits of folds {', '.join(map(str, FOLDS))}, {len(first['group']):,} pictures, seed {asked.seed}"
-    print(f"{markdown(cells)}\n{caption(of, [made()])}")
+    text = f"{markdown(cells)}\n{caption(of, [made()])}"
+    print(text)
+    if asked.docs:
+        put({"budget": text}, ROOT)
+        draw(ROOT / "docs/budget.png", table)
 
 
 if __name__ == "__main__":
