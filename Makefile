@@ -4,12 +4,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER := .venv/.browser
 BENCH := .venv/.bench
+RAY := .venv/.ray
 # Stages run `python`: the venv's, whatever the shell has.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check submission test test-slow test-browser lint search compare table serve bench
+.PHONY: help setup check submission test test-slow test-browser lint search compare table serve bench ray
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +43,12 @@ $(BROWSER): requirements-browser.txt $(STAMP)
 
 test-browser: check $(BROWSER)  ## run the tests that open pages in chromium
 	python -m pytest -m browser
+
+$(RAY): requirements-ray.txt $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-ray.txt -c constraints.txt
+	touch $@
+
+ray: $(RAY)  ## install Ray, for IMG2PROMPT_ENGINE=ray: docs/cluster.md
 
 $(BENCH): requirements-bench.txt $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt -c constraints.txt

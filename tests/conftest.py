@@ -166,6 +166,7 @@ def made_chain(folder: Path, clip: Path) -> Path:
             prepare={"train": ["input/train"], "test": "input/test"},
             folds={"ids": [3, 7]},
             clip={"model": str(clip)},
+            embed_images={"batch_size": 16},
             model_a={"heads": ["linear", "model_a"], "unfreeze": 2, "epochs": 2, "steps": 4},
             ensemble={"members": ["model_a", "linear", "ridge", "model_b", "constant"]},
         )

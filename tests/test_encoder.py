@@ -1,11 +1,12 @@
 import json
 import shutil
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from img2prompt.core.storage import grow
 from img2prompt.prompts import encoder
 from img2prompt.prompts.bert import Bert, is_bert
 from img2prompt.prompts.encoder import EMBEDDED, Encoder, Library, folder_of
@@ -62,8 +63,8 @@ def test_no_texts(encode):
 
 def test_a_killed_run_goes_on_to_the_same_bytes(encode, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_together", 20)
-    monkeypatch.setattr(encoder, "grow", lambda *inputs: grown(*inputs, seconds=0))
-    grown, model, calls = sys.modules["img2prompt.core.storage"].grow, encode._model, []
+    monkeypatch.setattr("img2prompt.core.engine.grow", partial(grow, seconds=0))
+    model, calls = encode._model, []
 
     def killed(tokens):
         calls.append(len(tokens))

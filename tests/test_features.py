@@ -79,7 +79,7 @@ def test_each_image_is_decoded_once_for_all_clips_and_views(references, tiny_cli
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(references, tiny_clip, tmp_path, monkeypatch):
     embedders = {"0": Embedder(load_clip(tiny_clip, "cpu"), "cpu", 2, views=("plain", "flip"))}
-    monkeypatch.setattr("img2prompt.clip.features.grow", partial(grow, seconds=-1))
+    monkeypatch.setattr("img2prompt.core.engine.grow", partial(grow, seconds=-1))
     expected = image_features(embedders, references, 2, tmp_path / "whole", "train")
     opened = []
 

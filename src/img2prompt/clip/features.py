@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from img2prompt.clip.model import Clip, view
+from img2prompt.clip.model import Clip, load_clip, view
 from img2prompt.clip.params import FreezeParams
 from img2prompt.clip.towers import frozen, is_cut, project, tower
 from img2prompt.core.blocks import blocks
 from img2prompt.core.device import autocast, has_bfloat16, off, on_cuda, onto
+from img2prompt.core.engine import grown
 from img2prompt.core.images import open_image
 from img2prompt.core.progress import progress
-from img2prompt.core.storage import grow, resume_folder, room
+from img2prompt.core.storage import resume_folder, room
 
 
 class Images(Dataset):
@@ -136,10 +138,16 @@ class Embedder:
         self._visual, self.device, self._wanted = clip.model.visual, device, {*wanted, "within"}
         self._frozen, self._last = Fixed(before, device), Fixed(layers[len(before) :], device)
         self.views = {name: view(clip, name) for name in views}
+        self._made_of = clip.folder, device, keep
+
+    def __reduce__(self) -> tuple[Callable[..., Embedder], tuple]:
+        """Pickled as what it is loaded from."""
+        return _load, (*self._made_of, tuple(self._wanted - {"within"}), tuple(self.views))
 
     def only(self, wanted: Sequence[str], views: Sequence[str]) -> Embedder:
         """The same layers, of which less is wanted."""
-        found = copy.copy(self)
+        found = object.__new__(Embedder)
+        vars(found).update(vars(self))
         found._wanted, found.views = {*wanted, "within"}, {name: self.views[name] for name in views}
         return found
 
@@ -175,6 +183,10 @@ class Embedder:
         return {name: found[name] for name in ("image", "pooled", "frozen", "within") if name in wanted}
 
 
+def _load(folder: Path, device: str, *rest: Any) -> Embedder:  # noqa: ANN401
+    return Embedder(load_clip(folder, device), device, *rest)
+
+
 def within_half(within: Tensor) -> None:
     """Check the flag that all outputs of frozen layers were finite in half precision.
 
@@ -206,10 +218,24 @@ def image_features(
     Raises:
         ValueError: an image cannot be decoded, or as `Embedder`.
     """
+    for clip in embedders:
+        (folder / clip).mkdir(parents=True, exist_ok=True)
+    (device,) = {embedder.device for embedder in embedders.values()}
+    rows, what = list(references), f"CLIP on {split} images"
+    batches = [rows[part] for part in blocks(len(rows), batch_size)]
+    run = partial(_embed, embedders, split, what)
+    return grown(folder, batches, run, what, "image", on_cuda(device))
+
+
+def _embed(
+    embedders: Mapping[str, Embedder], split: str, what: str, left: Sequence[Sequence[str | None]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Of each batch of references what `image_features` writes."""
     passes = [(clip, embedder, seen) for clip, embedder in embedders.items() for seen in embedder.views]
+    references = list(chain.from_iterable(left))
     images = Images(references, lambda image: [embedder.views[seen](image) for _, embedder, seen in passes])
-    every = np.arange(len(references))
-    rows = [every[part] for part in blocks(len(references), batch_size)]
+    ends = np.cumsum([0, *map(len, left)])
+    rows = [np.arange(*pair) for pair in pairwise(ends)]
     (device,) = {embedder.device for embedder in embedders.values()}
 
     def launch(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -219,18 +245,13 @@ def image_features(
             found |= {f"{clip}/{stem(split, seen)}_{name}": value for name, value in outputs.items()}
         return found
 
-    def run(left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        batches = progress(images.batches(list(left)), f"CLIP on {split} images", len(left), "batch")
-        every = onto(chain.from_iterable(batches), device, torch.float16)
-        inputs = zip(*[every] * len(passes), strict=True)  # one batch's views at a time
-        for found in off(map(launch, inputs), device):
-            for name in [name for name in found if name.endswith("_within")]:
-                within_half(found.pop(name))
-            yield {name: value.numpy() for name, value in found.items()}
-
-    for clip in embedders:
-        (folder / clip).mkdir(parents=True, exist_ok=True)
-    return grow(folder, rows, run)
+    batches = progress(images.batches(rows), what, len(left), "batch")
+    every = onto(chain.from_iterable(batches), device, torch.float16)
+    inputs = zip(*[every] * len(passes), strict=True)  # one batch's views at a time
+    for found in off(map(launch, inputs), device):
+        for name in [name for name in found if name.endswith("_within")]:
+            within_half(found.pop(name))
+        yield {name: value.numpy() for name, value in found.items()}
 
 
 def is_stored(
@@ -295,8 +316,22 @@ def text_features(clip: Clip, prompts: Sequence[str], batch_size: int, device: s
 
     Returns the path of the .npy file: (n, embed_dim) float32, rows of norm 1.
     """
+    prompts = list(prompts)
+    parts = [prompts[rows] for rows in blocks(len(prompts), 8 * batch_size)]  # of which texts of a length go together
+    run = partial(_embed_texts, clip, batch_size, device)
+    if parts:
+        return grown(folder, parts, run, "CLIP on prompts", "prompt", on_cuda(device))["text"]
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "text.npy", next(run([["no prompt"]]))["text"][:0])
+    return folder / "text.npy"
 
-    def run(left: Sequence[Sequence[str]]) -> Iterator[dict[str, np.ndarray]]:
+
+def _embed_texts(
+    clip: Clip, batch_size: int, device: str, left: Sequence[Sequence[str]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Of each batch of prompts `text`: (b, embed_dim) float32, rows of norm 1."""
+    # Around all batches, as autocast keeps the weights that it has cast for as long as it lasts.
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bfloat16(device)):
         for part in progress(left, "CLIP on prompts", unit="batch"):
             tokens = clip.tokenizer(list(part))
             ends = tokens.shape[1] - (tokens != 0).flip(1).int().argmax(1)  # behind them all is padding
@@ -304,15 +339,6 @@ def text_features(clip: Clip, prompts: Sequence[str], batch_size: int, device: s
             batches = [(tokens[rows].to(device), int(ends[rows].max())) for rows in order.split(batch_size)]
             found = [_embedded(clip.model, *batch) for batch in batches]
             yield {"text": functional.normalize(torch.cat(found).float())[order.argsort()].cpu().numpy()}
-
-    parts = [prompts[rows] for rows in blocks(len(prompts), 8 * batch_size)]  # of which texts of a length go together
-    # Around all batches, as autocast keeps the weights that it has cast for as long as it lasts.
-    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bfloat16(device)):
-        if parts:
-            return grow(folder, parts, run)["text"]
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "text.npy", next(run([["no prompt"]]))["text"][:0])
-        return folder / "text.npy"
 
 
 def _embedded(model: nn.Module, tokens: Tensor, length: int) -> Tensor:

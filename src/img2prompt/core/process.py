@@ -32,18 +32,26 @@ def threads() -> int:
     return int(os.environ.get("IMG2PROMPT_THREADS") or os.cpu_count() or 1)
 
 
-def settle() -> None:
-    """Set the environment variables that numpy and torch read on import; call it before they are imported.
+def variables() -> dict[str, str]:
+    """The environment variables that numpy, torch and others read on import.
 
     Floating-point sums depend on the number of threads, so it is set here and not left to what a shell happens to
-    export. IMG2PROMPT_THREADS overrides the number of cores, for machines that are shared. Memory that is freed stays
-    with the process, up to KEPT.
+    export. IMG2PROMPT_THREADS overrides the number of cores, for machines that are shared.
     """
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
-        os.environ[name] = str(threads())
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic CUDA matrix products
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers' threads and forked workers do not mix
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no network call on import
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return dict.fromkeys(names, str(threads())) | {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic CUDA matrix products
+        "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads and forked workers do not mix
+        "NO_ALBUMENTATIONS_UPDATE": "1",  # no network call on import
+    }
+
+
+def settle() -> None:
+    """Set `variables`, and have memory that is freed stay with the process, up to KEPT.
+
+    Call it before numpy and torch are imported.
+    """
+    os.environ.update(variables())
     # Of arrays of megabytes glibc gives the memory back and gets it anew, page by page: a third of a tower's time.
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, KEPT)

@@ -17,6 +17,8 @@ import numpy as np
 
 # Where a killed run finds its partial results; not an output of a stage, ignored by git and DVC.
 RESUME = Path("outputs/.resume")
+# Given some of the inputs of `grow`, in order, the arrays and text of each.
+Results = Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray | bytes]]]
 
 
 @contextmanager
@@ -77,8 +79,9 @@ def resume_folder(name: str, *parts: str | bytes | Path | np.ndarray) -> Path:
 def grow(
     folder: Path,
     batches: Sequence[Sized],
-    results: Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray | bytes]]],
+    results: Results,
     seconds: float = 10,
+    saved: Callable[[int], object] = int,
 ) -> dict[str, Path]:
     """Compute arrays and text batch by batch into files of a folder; after a kill, resume from the last safe state.
 
@@ -88,6 +91,7 @@ def grow(
         results: given the remaining batches, yields for each, by name and always by the same names, arrays (rows, ...),
             which become NAME.npy, and bytes of any length, which follow one another in the file NAME.
         seconds: from one safe state to the next.
+        saved: told of each safe state how many batches it holds.
 
     Returns:
         The finished files by name.
@@ -107,7 +111,7 @@ def grow(
             files[name].truncate(size)
             files[name].seek(size)
         with ThreadPoolExecutor(1) as beside:  # results need not wait for the disk
-            saved, saving = time.monotonic(), beside.submit(int)
+            last, saving = time.monotonic(), beside.submit(int)
             for found in results(batches[done:]) if done < len(batches) else ():
                 for what, value in found.items():
                     text = isinstance(value, bytes)
@@ -119,13 +123,13 @@ def grow(
                         np.lib.format.write_array_header_1_0(files[name], header)
                     files[name].write(value if text else np.ascontiguousarray(value))
                 done += 1
-                if done == len(batches) or time.monotonic() - saved > seconds:
+                if done == len(batches) or time.monotonic() - last > seconds:
                     saving.result()
                     for file in files.values():
                         file.flush()
                     sizes = {name: file.tell() for name, file in files.items()}
-                    saving = beside.submit(_save, state, list(files.values()), {"batches": done, "sizes": sizes})
-                    saved = time.monotonic()
+                    saving = beside.submit(_save, state, list(files.values()), {"batches": done, "sizes": sizes}, saved)
+                    last = time.monotonic()
             saving.result()
     finally:
         for file in files.values():
@@ -133,11 +137,12 @@ def grow(
     return {name.removesuffix(".npy"): folder / name for name in files}
 
 
-def _save(state: Path, files: Sequence[BinaryIO], facts: dict[str, Any]) -> None:
+def _save(state: Path, files: Sequence[BinaryIO], facts: dict[str, Any], saved: Callable[[int], object]) -> None:
     for file in files:
         os.fsync(file.fileno())
     with whole(state) as path:
         write_json(path, facts)
+    saved(facts["batches"])
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401

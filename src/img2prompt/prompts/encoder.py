@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from img2prompt.core.blocks import blocks
-from img2prompt.core.device import has_bfloat16
+from img2prompt.core.device import has_bfloat16, on_cuda
+from img2prompt.core.engine import grown
 from img2prompt.core.progress import progress
-from img2prompt.core.storage import grow
 from img2prompt.prompts.bert import Bert, is_bert
 
 EMBEDDED = "all-MiniLM-L6-v2"
+WHAT = "embedding prompts"
 ON_CPU, ELSEWHERE = 2048, 32_768  # tokens of a batch: what the CPU's caches like, and what keeps a GPU busy
 
 
@@ -89,32 +90,41 @@ class Encoder:
         else:
             self._model = library or Library(str(folder), device)
         self._quiet, self._together = quiet, ON_CPU if torch.device(device).type == "cpu" else ELSEWHERE
+        self._made_of = name, device, quiet, exact
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Pickled as what it is loaded from."""
+        return Encoder, self._made_of
 
     def __call__(self, texts: Sequence[str], resume: Path | None = None) -> np.ndarray:
         """Embed n texts: (n, d) float32, rows of norm 1.
 
         Batches are of about as many tokens, in texts of equal or nearly equal length, so that little or nothing is
-        spent on padding. A killed run goes on from what is in the folder `resume`.
+        spent on padding. With a folder `resume` the work goes through the door of `core.engine`, and a killed run goes
+        on from what is in it.
         """
         distinct = list(dict.fromkeys(texts))
         if not distinct:
             return np.empty((0, self._model.width), np.float32)
         tokens, lengths = self._model.tokenise(distinct)
         order = np.argsort(lengths, kind="stable")
-        batches = _batches(order, lengths[order], self._together)
+        rows = _batches(order, lengths[order], self._together)
+        batches = [[tokens[row] for row in part.tolist()] for part in rows]
         if resume is None:
-            found = np.concatenate([result["prompts"] for result in self._embed(tokens, batches)])
+            found = np.concatenate([result["prompts"] for result in self.embed(batches)])
         else:
-            found = np.load(grow(resume, batches, lambda left: self._embed(tokens, left))["prompts"], mmap_mode="r")
+            files = grown(resume, batches, self.embed, WHAT, "prompt", on_cuda(self._made_of[1]))
+            found = np.load(files["prompts"], mmap_mode="r")
         # Where each text is among the results, which are in the batches' order.
         place = dict(zip(map(distinct.__getitem__, order.tolist()), range(len(order)), strict=True))
         return np.asarray(found[np.fromiter((place[text] for text in texts), np.int64, len(texts))])
 
-    def _embed(self, tokens: Sequence, batches: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        with progress(None, "embedding prompts", sum(map(len, batches)), "prompt", self._quiet) as bar:
-            for rows in batches:
-                yield {"prompts": self._model([tokens[row] for row in rows.tolist()])}
-                bar.update(len(rows))
+    def embed(self, batches: Sequence[Sequence]) -> Iterator[dict[str, np.ndarray]]:
+        """Of each batch of texts, as the model tokenises them, `prompts`: (b, d) float32, rows of norm 1."""
+        with progress(None, WHAT, sum(map(len, batches)), "prompt", self._quiet) as bar:
+            for batch in batches:
+                yield {"prompts": self._model(batch)}
+                bar.update(len(batch))
 
 
 def _batches(rows: np.ndarray, lengths: np.ndarray, together: int) -> list[np.ndarray]:

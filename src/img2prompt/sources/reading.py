@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
+import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from img2prompt.core import engine
 from img2prompt.core.images import decode, read_image
 from img2prompt.core.process import threads
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import ROWS, TEXTS, Row
+from img2prompt.core.storage import RESUME
 from img2prompt.sources.layouts import Layout, recognise
 from img2prompt.sources.params import Source
 from img2prompt.sources.readers import Entry
@@ -26,6 +31,7 @@ from img2prompt.sources.readers import Entry
 # A test row with one of these stays, without its image, and does not count towards the limit.
 IMAGE_REASONS = frozenset({"outside the folder", "missing image", "unreadable image", "not downloaded"})
 CHUNK = 64  # rows that a thread checks at a time
+PIECE = 16 * CHUNK  # and a worker of a cluster
 GROUP = 8192  # rows of a parquet row group, held until they are written
 
 
@@ -88,7 +94,8 @@ def read(source: Source, split: str, max_quarantined: float = 1.0) -> Iterator[B
     if layout.texts:
         raise ValueError(f"{source.path}: prompts without images; prepare.{split} needs images")
     screened = progress(_screen(layout, split), f"reading {source.path}", layout.count(), "row")
-    yield from _within(_parallel(screened, source.path, split), source, split, max_quarantined)
+    checked = (_by_workers if engine.engine() == "ray" else _parallel)(screened, source.path, split)
+    yield from _within(checked, source, split, max_quarantined)
 
 
 def read_texts(source: Source, max_quarantined: float = 1.0) -> Iterator[Batch]:
@@ -217,6 +224,31 @@ def _parallel(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _by_workers(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch]:
+    """Check images by Ray's workers, results in order; what a killed run has checked may have changed since."""
+    entries, folder = iter(entries), RESUME / "reading"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def pieces() -> Iterator[engine.Piece]:
+        for number in count():
+            if not (chunk := list(islice(entries, PIECE))):
+                return
+            make = partial(_check_into, chunk, name, split)
+            yield engine.Piece(f"{name}, row {chunk[0].row} and on", make, folder / f"{number}.json")
+
+    for number, _ in enumerate(engine.run(pieces(), None)):
+        file = folder / f"{number}.json"
+        for rows, set_aside, images in json.loads(file.read_text(encoding="ascii")):
+            yield Batch([Row(*row) for row in rows], [SetAside(*row) for row in set_aside], bytes.fromhex(images))
+        file.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_into(entries: Sequence[Entry], name: str, split: str, path: Path) -> None:
+    batches = [batch._replace(images=batch.images.hex()) for batch in _parallel(entries, name, split)]
+    path.write_text(json.dumps(batches), encoding="ascii")  # which text that is not UTF-8 survives
 
 
 def _check(entries: Sequence[Entry], name: str, split: str) -> Batch:
