@@ -2,15 +2,17 @@
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
-from img2prompt.core.device import device
+from img2prompt.core import engine
+from img2prompt.core.device import device, on_cuda
 from img2prompt.core.metric import cosine
-from img2prompt.core.storage import RESUME, digest, numbered, room, whole_folder
+from img2prompt.core.storage import numbered, resume_folder, room, whole
 from img2prompt.model_a.fold import Features, Fold, TrainRows
 from img2prompt.model_a.heads import LinearHead
 from img2prompt.model_a.params import ModelAParams
@@ -22,9 +24,15 @@ OUTPUTS = Path("outputs")
 # What a fold's weights depend on, beside its params: a killed run resumes only if none of it has changed.
 DEPENDS = [
     OUTPUTS / "prepare/train.parquet", OUTPUTS / "embed_prompts/train.npy", OUTPUTS / "embed_prompts/augmented.npy",
-    OUTPUTS / "embed_prompts/texts.npy", OUTPUTS / "dedup", OUTPUTS / "folds", room("core"), room("clip"),
-    room("model_a"), Path(__file__),
+    OUTPUTS / "embed_prompts/texts.npy", OUTPUTS / "dedup", OUTPUTS / "folds", OUTPUTS / "clip", room("core"),
+    room("clip"), room("model_a"), Path(__file__),
 ]  # fmt: skip
+
+
+def features_state() -> str:
+    """Names, sizes and times of what may be too large to be read for a digest."""
+    files = [file for stage in ("embed_images", "freeze") for file in sorted((OUTPUTS / stage).rglob("*.npy"))]
+    return "\n".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParams, resume: Path, out: Path) -> None:
@@ -65,6 +73,14 @@ def train_clip(rows: TrainRows, number: int, held_out: int, section: ModelAParam
         )
 
 
+def train_fold(held_out: int, section: ModelAParams, resume: Path, out: Path) -> None:
+    """Write of every CLIP what `main` says to a folder that is not there yet."""
+    rows = TrainRows.read(OUTPUTS)
+    for clip in numbered(OUTPUTS / "clip"):
+        (out / clip.name).mkdir(parents=True)
+        train_clip(rows, int(clip.name), held_out, section, resume / clip.name, out / clip.name)
+
+
 def main(model_a: ModelAParams) -> None:
     """Of every CLIP write {ridge,linear,model_a}.safetensors, their _oof.npy (fold's rows, 384), and histories.
 
@@ -72,19 +88,24 @@ def main(model_a: ModelAParams) -> None:
     choices.csv: for each head how far from there training has gone, as rows of the training folds chose that it had
     not seen: validation_rows.npy (v,) int64. {linear,model_a}_validation.npy (v, 384): what it makes of these.
     """
-    held_out = int(sys.argv[1])
-    rows = TrainRows.read(OUTPUTS)
-    clips = numbered(OUTPUTS / "clip")
-    keys = [digest(model_a.model_dump_json(), device(), path, *DEPENDS) for path in clips]
-    resume = RESUME / f"model_a/fold_{held_out}"
-    for stale in resume.glob("*"):
-        if stale.name not in keys:
-            shutil.rmtree(stale)
-    with whole_folder(OUTPUTS / f"model_a/fold_{held_out}") as out:
-        for number, key in enumerate(keys):
-            (out / str(number)).mkdir()
-            train_clip(rows, number, held_out, model_a, resume / key, out / str(number))
-    shutil.rmtree(resume, ignore_errors=True)
+    held_out, where = int(sys.argv[1]), device()
+    shelf = resume_folder("model_a", model_a.model_dump_json(), where, features_state(), *DEPENDS)
+    trained = shelf / f"fold_{held_out}"
+    # DVC runs fold after fold: on a cluster the first one's process trains them all, and the others take theirs.
+    if not trained.exists():
+        every = np.unique(pd.read_parquet(OUTPUTS / "folds/folds.parquet").fold).tolist()
+        pieces = [
+            engine.Piece(
+                f"fold {fold}", partial(train_fold, fold, model_a, shelf / f"state_{fold}"), shelf / f"fold_{fold}"
+            )
+            for fold in ([held_out] if engine.engine() == "local" else every)
+        ]
+        for _ in engine.run(pieces, "training folds", "fold", on_cuda(where)):
+            pass
+    with whole(OUTPUTS / f"model_a/{trained.name}") as out:
+        trained.rename(out)
+    if not any(shelf.glob("fold_*")):
+        shutil.rmtree(shelf)
 
 
 if __name__ == "__main__":
