@@ -1,17 +1,21 @@
 """dedup: of every pair of near-duplicate prompts one is kept."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from img2prompt.core.device import device
+from img2prompt.core.engine import engine
 from img2prompt.core.rows import read_rows
-from img2prompt.core.storage import whole_folder
+from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
 from img2prompt.prompts.dedup import deduplicate
 from img2prompt.prompts.params import DedupParams
+from img2prompt.prompts.waves import deduplicate_files
 from pipelines import run
 
+FILES = [Path("outputs/embed_prompts/train.npy"), Path("outputs/embed_prompts/texts.npy")]
 TABLE = [round(0.70 + 0.05 * step, 2) for step in range(6)] + [0.99]
 
 
@@ -20,12 +24,16 @@ def main(dedup: DedupParams) -> None:
 
     stands_for.npy (n,) int64: of a dropped row the kept one that it is near, of a kept row itself, else -1.
     """
-    targets, texts = (np.load(f"outputs/embed_prompts/{name}.npy", mmap_mode="r") for name in ("train", "texts"))
+    targets, texts = (np.load(file, mmap_mode="r") for file in FILES)
     rows = read_rows(Path("outputs/prepare/train.parquet"), ["id", "source", "prompt"])
     threshold, scored = dedup.threshold, dedup.scored
     # Prompts without images come last: they are dropped for the images', never the other way round.
-    everything = np.concatenate([targets, texts])
-    found = deduplicate(everything, threshold if threshold < 1 else scored, also=[scored, *TABLE], device=device())
+    asked, also, where = threshold if threshold < 1 else scored, [scored, *TABLE], device()
+    if engine() == "local":
+        found = deduplicate(np.concatenate([targets, texts]), asked, also, where)
+    else:
+        resume = resume_folder("dedup", f"{asked} {also} {where}", *FILES, room("core"), room("prompts"))
+        found = deduplicate_files(FILES, asked, also, where, resume)
     kept = dict(zip(found.thresholds, found.kept[:, : len(targets)], strict=True))
     texts_kept = dict(zip(found.thresholds, found.kept[:, len(targets) :], strict=True))
     pairs = found.duplicates[found.duplicates.dropped < len(targets)]
@@ -53,6 +61,7 @@ def main(dedup: DedupParams) -> None:
         }
         pd.DataFrame(columns | {"cosine": pairs.cosine.round(7).to_numpy()}).to_csv(out / "duplicates.csv", index=False)
         pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
+    shutil.rmtree(RESUME / "dedup", ignore_errors=True)
     print(
         f"kept {train.sum()} of {len(targets)} prompts"
         + (", at random" if dedup.at_random else f" at cosine {threshold}")

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from img2prompt.prompts import dedup
+from img2prompt.prompts import dedup, waves
 from img2prompt.prompts.dedup import deduplicate, max_cosine, nearest_below
+from img2prompt.prompts.waves import deduplicate_files
 
 THRESHOLDS = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 
@@ -98,6 +99,47 @@ def test_equals_the_definition_whatever_the_precision_and_the_blocks(monkeypatch
                 found = result.duplicates.set_index("dropped")
                 for row, (_, cosine) in nearest.items():
                     assert found.cosine[row] == pytest.approx(cosine, abs=1e-12)
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Rows in two files, for waves and blocks that end anywhere, and what one pass finds."""
+    rows = clusters(331)
+    for name, some in (("a", rows[:210]), ("b", rows[210:])):
+        np.save(tmp_path / f"{name}.npy", some)
+    monkeypatch.setattr(waves, "WAVE", 47)
+    monkeypatch.setattr(dedup, "BLOCK", 16)
+    monkeypatch.setattr(dedup, "TILE", 32)
+    return [tmp_path / "a.npy", tmp_path / "b.npy"], deduplicate(rows, 0.85, THRESHOLDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_waves_find_what_one_pass_finds(parts, tmp_path, monkeypatch, dtype):
+    prefilter(monkeypatch, dtype)
+    files, expected = parts
+    found = deduplicate_files(files, 0.85, THRESHOLDS, "cpu", tmp_path / "waves")
+    assert found.thresholds == expected.thresholds
+    assert np.array_equal(found.kept, expected.kept)
+    assert 20 < len(expected.duplicates) < 300
+    assert found.duplicates.equals(expected.duplicates)
+
+
+def test_waves_that_a_killed_run_has_decided_are_not_decided_again(parts, tmp_path, monkeypatch):
+    files, expected = parts
+    decide, calls = waves._decide, []
+
+    def killed(task, wave, *rest):
+        calls.append(wave.start)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        decide(task, wave, *rest)
+
+    monkeypatch.setattr(waves, "_decide", killed)
+    with pytest.raises(KeyboardInterrupt):
+        deduplicate_files(files, 0.85, THRESHOLDS, "cpu", tmp_path / "waves")
+    found = deduplicate_files(files, 0.85, THRESHOLDS, "cpu", tmp_path / "waves")
+    assert calls == [0, 47, 94, 141, 141, 188, 235, 282, 329]
+    assert found.duplicates.equals(expected.duplicates)
 
 
 def test_survivors_are_apart_and_every_dropped_row_names_a_kept_earlier_one():

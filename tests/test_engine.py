@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -265,9 +266,18 @@ def test_rows_are_read_as_in_one_process(cluster, tmp_path, monkeypatch):
 
 
 def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path, monkeypatch):
-    """Pictures in shards of 16."""
+    """Pictures in shards of 16, prompts for dedup in waves of 20; the first fold's stage trains both folds."""
     from conftest import chain  # not above: workers import this file, and need not wait for what conftest imports
 
+    by_ray, tasks = engine._by_ray, Counter()
+
+    def counted(pieces, *rest):
+        pieces = list(pieces)
+        tasks.update(piece.name.partition(",")[0] for piece in pieces)
+        return by_ray(pieces, *rest)
+
+    monkeypatch.setattr(engine, "_by_ray", counted)
+    monkeypatch.setattr("img2prompt.prompts.waves.WAVE", 20)
     for name in ("input", "params.yaml"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
@@ -277,3 +287,8 @@ def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path,
     assert len(outputs) > 40
     assert [path for path in outputs if path.read_bytes() != (made / path).read_bytes()] == []
     assert not list(Path("outputs/.resume").glob("*/*/shards"))
+    assert set(tasks) == {
+        "input/train", "input/test", "embedding prompts", "dedup", "CLIP on train images", "CLIP on test images",
+        "CLIP on prompts", "fold 3", "fold 7", "Model A on clip 0", "Model B on clip 0",
+    }  # fmt: skip
+    assert tasks["CLIP on train images"] >= 4

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from img2prompt.core.blocks import blocks
+from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.device import has_bfloat16, tile
 from img2prompt.core.progress import progress
 
@@ -38,7 +38,7 @@ class FastCosines:
     block, tile: how many rows to compare with how many at once. margin: how far a score may be from the cosine.
     """
 
-    def __init__(self, device: str | torch.device, *rows: np.ndarray) -> None:
+    def __init__(self, device: str | torch.device, *rows: np.ndarray | Stack) -> None:
         """`rows`: each (n, d) float32 at norm 1: all that will be compared, for the margin."""
         self.device = torch.device(device)
         self.block, self.tile = tile(device, (BLOCK, TILE))
@@ -115,7 +115,7 @@ class Bank:
             yield numbers, self.rows[part.start : part.start + width]
 
 
-def exact_cosines(a: np.ndarray, i: np.ndarray, b: np.ndarray, j: np.ndarray) -> np.ndarray:
+def exact_cosines(a: np.ndarray | Stack, i: np.ndarray, b: np.ndarray | Stack, j: np.ndarray) -> np.ndarray:
     """(m,) float64: the cosines of rows a[i] and b[j], both (n, d) float32 at norm 1, computed in float64."""
     cosines = np.empty(len(i))
     for start in range(0, len(i), CHUNK):
@@ -124,14 +124,15 @@ def exact_cosines(a: np.ndarray, i: np.ndarray, b: np.ndarray, j: np.ndarray) ->
     return cosines
 
 
-def check_rows(embeddings: np.ndarray) -> None:
+def check_rows(embeddings: np.ndarray | Stack) -> None:
     """Raises ValueError unless `embeddings` is (n, d) float32, n > 0, every row at norm 1 within 1e-3."""
-    if embeddings.ndim != 2 or embeddings.dtype != np.float32 or not len(embeddings):
+    if len(embeddings.shape) != 2 or embeddings.dtype != np.float32 or not len(embeddings):
         raise ValueError(
             f"embeddings must be (n, d) float32 with n > 0, not {embeddings.shape} {embeddings.dtype}: "
             "embed at least one prompt, and convert with embeddings.astype(np.float32)"
         )
-    norms = np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings))
+    parts = (embeddings[part] for part in blocks(len(embeddings)))
+    norms = np.concatenate([np.sqrt(np.einsum("nd,nd->n", part, part)) for part in parts])
     bad = ~(np.abs(norms - 1) <= 1e-3)  # NaN and infinity fail it as well
     if bad.any():
         row = int(bad.argmax())
@@ -161,92 +162,143 @@ def deduplicate(
     Raises ValueError for rows that `check_rows` refuses, a threshold outside [0.01, 1), or more than 64 thresholds.
     """
     check_rows(embeddings)
+    greedy = Greedy(embeddings, ordered(threshold, also), threshold, device)
+    for part in progress(list(blocks(len(embeddings), greedy.block)), "dedup", unit="block"):
+        greedy.decide(part)
+    return deduplication(greedy.thresholds, threshold, greedy.alive, greedy.nearest, greedy.nearest_cosine)
+
+
+def ordered(threshold: float, also: Sequence[float]) -> tuple[float, ...]:
+    """The distinct thresholds, ascending. Raises ValueError as `deduplicate`."""
     thresholds = tuple(sorted({float(t) for t in (threshold, *also)}))
     if thresholds[0] < LOWEST or thresholds[-1] >= 1 or len(thresholds) > 64:
         raise ValueError(f"dedup.threshold: give up to 64 values from {LOWEST} to below 1, not {thresholds}")
+    return thresholds
 
-    # Sets of thresholds are the bits of one integer, bit 0 the lowest: `alive[row]` has those at which the
-    # row is kept, `under(cosine)` those below the cosine. Then `alive[j] & under(cosine)` are the thresholds
-    # at which kept row j drops row i, and a pair costs the same for one threshold as for 64.
-    levels = np.array(thresholds)
-    at = np.concatenate([levels, np.full(65 - len(levels), np.inf)])
-    lowest = np.array([(1 << count) - 1 for count in range(len(levels) + 1)], dtype=np.uint64)
-    asked = np.uint64(1 << thresholds.index(float(threshold)))
 
-    def under(cosine: np.ndarray) -> np.ndarray:
-        return lowest[np.searchsorted(levels, cosine)]
+def deduplication(
+    thresholds: tuple[float, ...], threshold: float, alive: np.ndarray, nearest: np.ndarray, cosine: np.ndarray
+) -> Deduplication:
+    """The result for one of the thresholds, of what `Greedy` has found of all rows."""
+    bits = np.uint64(1) << np.arange(len(thresholds), dtype=np.uint64)
+    kept = (alive & bits[:, None]) != 0
+    dropped = np.flatnonzero(~kept[thresholds.index(float(threshold))])
+    duplicates = {"dropped": dropped, "kept": nearest[dropped], "cosine": cosine[dropped]}
+    return Deduplication(thresholds, kept, pd.DataFrame(duplicates))
 
-    def limits(start: int, stop: int, asked_too: bool) -> np.ndarray:
+
+class Greedy:
+    """Rows that are kept or dropped in their order, block by block, and what is known of them so far.
+
+    Sets of thresholds are the bits of one integer, bit 0 the lowest: `alive` (n,) uint64 has of each row those at which
+    it is kept, `under(cosine)` those below the cosine. Then `alive[j] & under(cosine)` are the thresholds at which kept
+    row j drops row i, and a pair costs the same for one threshold as for 64. `nearest` (n,) int64 and `nearest_cosine`
+    (n,) float64 are of a row that is dropped at the `threshold`, and name the nearest row yet that is kept there.
+
+    Args:
+        rows: (n, d) float32 at norm 1.
+        thresholds: from `ordered`.
+        threshold: one of them.
+        device: a torch device.
+    """
+
+    def __init__(
+        self, rows: np.ndarray | Stack, thresholds: tuple[float, ...], threshold: float, device: str | torch.device
+    ) -> None:
+        n = len(rows)
+        self.thresholds, self._rows, self._threshold = thresholds, rows, threshold
+        self._levels = np.array(thresholds)
+        self._at = np.concatenate([self._levels, np.full(65 - len(thresholds), np.inf)])
+        self._lowest = np.array([(1 << count) - 1 for count in range(len(thresholds) + 1)], dtype=np.uint64)
+        self._asked = np.uint64(1 << thresholds.index(float(threshold)))
+        self.alive = np.full(n, self._lowest[-1])
+        self.nearest, self.nearest_cosine = np.full(n, -1), np.full(n, -np.inf)
+        self._fast = FastCosines(device, rows)
+        self.block, self._margin = self._fast.block, self._fast.margin
+        # Highest score with a kept row so far, or this.
+        self._top = np.full(n, threshold + self._margin, dtype=np.float32)
+        # Rows kept at some threshold so far, those kept at `asked` apart: they alone may be the nearest one.
+        self._banks = [Bank(size, rows.shape[1], self._fast) for size in (n, n if len(thresholds) > 1 else 0)]
+
+    def decide(self, part: slice) -> None:
+        """Keep or drop the next block's rows."""
+        block = self._fast.cast(self._rows[part])
+        self._against(part, block)
+        self._within(part, block)
+        self._keep(part, block)
+
+    def compare(self, part: slice) -> None:
+        """Drop those of a block's rows that are near earlier blocks' kept ones."""
+        self._against(part, self._fast.cast(self._rows[part]))
+
+    def keep(self, part: slice) -> None:
+        """Take a block's rows as kept where `alive` says so."""
+        self._keep(part, self._fast.cast(self._rows[part]))
+
+    def _under(self, cosine: np.ndarray) -> np.ndarray:
+        return self._lowest[np.searchsorted(self._levels, cosine)]
+
+    def _limits(self, part: slice, asked_too: bool) -> np.ndarray:
         """Cosines above which pairs matter to these rows: with rows kept at any threshold, or also with the `asked`."""
-        bits = alive[start:stop]
-        still = at[np.bitwise_count(~bits & (bits - 1))]  # the lowest at which it is kept: by the zeros below its bit
-        return np.minimum(still, np.maximum(nearest_cosine[start:stop], threshold)) if asked_too else still
+        bits = self.alive[part]
+        still = self._at[np.bitwise_count(~bits & (bits - 1))]  # the lowest at which it is kept: by zeros below its bit
+        return np.minimum(still, np.maximum(self.nearest_cosine[part], self._threshold)) if asked_too else still
 
-    def drop(i: np.ndarray, bits: np.ndarray) -> None:
-        np.bitwise_and.at(alive, i, ~bits)
+    def _drop(self, i: np.ndarray, bits: np.ndarray) -> None:
+        np.bitwise_and.at(self.alive, i, ~bits)
 
-    def note_nearest(i: np.ndarray, j: np.ndarray, cosine: np.ndarray) -> None:
-        better = (alive[j] & asked != 0) & (cosine > nearest_cosine[i])  # equal ones of earlier tiles stay
+    def _note_nearest(self, i: np.ndarray, j: np.ndarray, cosine: np.ndarray) -> None:
+        # Equal ones of earlier tiles stay.
+        better = (self.alive[j] & self._asked != 0) & (cosine > self.nearest_cosine[i])
         i, j, cosine = i[better], j[better], cosine[better]
-        np.maximum.at(nearest_cosine, i, cosine)
-        best = np.flatnonzero(cosine == nearest_cosine[i])[::-1]  # reversed: the earliest is written last
-        nearest[i[best]] = j[best]
+        np.maximum.at(self.nearest_cosine, i, cosine)
+        best = np.flatnonzero(cosine == self.nearest_cosine[i])[::-1]  # reversed: the earliest is written last
+        self.nearest[i[best]] = j[best]
 
-    n = len(embeddings)
-    alive = np.full(n, lowest[-1])
-    nearest, nearest_cosine = np.full(n, -1), np.full(n, -np.inf)
-    fast = FastCosines(device, embeddings)
-    margin = fast.margin
-    top = np.full(n, threshold + margin, dtype=np.float32)  # highest score with a kept row so far, or this
-    # Rows kept at some threshold so far, those kept at `asked` apart: they alone may be the nearest one.
-    banks = [Bank(size, embeddings.shape[1], fast) for size in (n, n if len(levels) > 1 else 0)]
-
-    for start in progress(range(0, n, fast.block), "dedup", unit="block"):
-        stop = min(start + fast.block, n)
-        block = fast.cast(embeddings[start:stop])
-        for bank in banks:
-            limit = limits(start, stop, bank is banks[0])
-            for numbers, rows in bank.tiles():
-                i, j, score = fast.pairs(block, rows, limit)
+    def _against(self, part: slice, block: torch.Tensor) -> None:
+        alive, rows, top, margin, asked = self.alive, self._rows, self._top, self._margin, self._asked
+        for bank in self._banks:
+            limit = self._limits(part, bank is self._banks[0])
+            for numbers, others in bank.tiles():
+                i, j, score = self._fast.pairs(block, others, limit)
                 if not len(i):
                     continue
-                i, j = start + i, numbers[j]
-                drop(i, alive[j] & under(score - margin))  # beyond doubt
-                in_doubt = alive[j] & alive[i] & under(score + margin) != 0
+                i, j = part.start + i, numbers[j]
+                self._drop(i, alive[j] & self._under(score - margin))  # beyond doubt
+                in_doubt = alive[j] & alive[i] & self._under(score + margin) != 0
                 listed = np.flatnonzero(alive[j] & asked)
                 np.maximum.at(top, i[listed], score[listed])
                 in_doubt[listed] |= score[listed] >= top[i[listed]] - 2 * margin  # may be the nearest one
                 i, j = i[in_doubt], j[in_doubt]
-                cosine = exact_cosines(embeddings, i, embeddings, j)
-                drop(i, alive[j] & under(cosine))
-                note_nearest(i, j, cosine)
-                limit = limits(start, stop, bank is banks[0])
+                cosine = exact_cosines(rows, i, rows, j)
+                self._drop(i, alive[j] & self._under(cosine))
+                self._note_nearest(i, j, cosine)
+                limit = self._limits(part, bank is self._banks[0])
 
+    def _within(self, part: slice, block: torch.Tensor) -> None:
         # Within the block a row's fate hangs on rows decided in the same step. Assume that all are kept
         # and repeat: round r settles the first r rows at least, and in practice a few rounds settle all.
-        i, j, score = fast.pairs(block, block, limits(start, stop, True))
-        i, j = start + i, start + j
-        in_doubt = (i > j) & (alive[j] & (asked | alive[i] & under(score + margin)) != 0)
+        alive = self.alive
+        i, j, score = self._fast.pairs(block, block, self._limits(part, True))
+        i, j = part.start + i, part.start + j
+        in_doubt = (i > j) & (alive[j] & (self._asked | alive[i] & self._under(score + self._margin)) != 0)
         i, j = i[in_doubt], j[in_doubt]
-        cosine = exact_cosines(embeddings, i, embeddings, j)
-        below = under(cosine)
-        survivors, before = alive[start:stop].copy(), None
-        while not np.array_equal(before, alive[start:stop]):
-            before = alive[start:stop].copy()
+        cosine = exact_cosines(self._rows, i, self._rows, j)
+        below = self._under(cosine)
+        survivors, before = alive[part].copy(), None
+        while not np.array_equal(before, alive[part]):
+            before = alive[part].copy()
             bits = alive[j] & below
-            alive[start:stop] = survivors
-            drop(i, bits)
-        note_nearest(i, j, cosine)
+            alive[part] = survivors
+            self._drop(i, bits)
+        self._note_nearest(i, j, cosine)
 
-        bits = alive[start:stop]
-        for bank, stay in zip(banks, (bits & asked != 0, (bits & asked == 0) & (bits != 0)), strict=True):
+    def _keep(self, part: slice, block: torch.Tensor) -> None:
+        bits = self.alive[part]
+        asked = bits & self._asked != 0
+        for bank, stay in zip(self._banks, (asked, ~asked & (bits != 0)), strict=True):
             stay = np.flatnonzero(stay)
-            bank.add(start + stay, block[torch.from_numpy(stay).to(fast.device)])
-
-    dropped = np.flatnonzero(alive & asked == 0)
-    duplicates = {"dropped": dropped, "kept": nearest[dropped], "cosine": nearest_cosine[dropped]}
-    bits = np.uint64(1) << np.arange(len(levels), dtype=np.uint64)
-    return Deduplication(thresholds, (alive & bits[:, None]) != 0, pd.DataFrame(duplicates))
+            bank.add(part.start + stay, block[torch.from_numpy(stay).to(self._fast.device)])
 
 
 def max_cosine(
