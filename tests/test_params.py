@@ -124,6 +124,11 @@ def test_a_cross_fit_of_one_part_is_refused(tmp_path):
     assert load_params(written(tmp_path, model_a__cross_fit=0)).model_a.cross_fit == 0
 
 
+def test_a_head_that_is_named_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="heads names a head twice"):
+        load_params(written(tmp_path, model_a__heads=["model_a", "model_a"]))
+
+
 def test_one_clip_or_several_with_one_tag_for_all_or_one_each(tmp_path):
     assert load_params(REPOSITORY / "params.yaml").clip.models == [("sample", None, None)]
     several = written(tmp_path, clip__model=["ViT-B-32", "sample:lite1"], clip__pretrained=["openai", None])

@@ -65,6 +65,8 @@ class ModelAParams(Rates):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if len(set(self.heads)) < len(self.heads):
+            raise ValueError("heads names a head twice")
         if len(set(self.tta)) < len(self.tta):
             raise ValueError("tta names a view twice")
         if self.cross_fit == 1:
