@@ -5,20 +5,23 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from img2prompt.clip.params import EmbedImagesParams
-from img2prompt.core.blocks import blocks
+from img2prompt.core.blocks import BLOCK, blocks
 from img2prompt.core.device import device, off, on_cuda
-from img2prompt.core.engine import grown
+from img2prompt.core.engine import engine, grown
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import read_rows
 from img2prompt.core.storage import RESUME, numbered, resume_folder, room, whole_folder
 from img2prompt.ensemble.members import name_of
 from img2prompt.model_b.bank import Bank
+from img2prompt.model_b.neighbours import Neighbours, on_device
+from img2prompt.model_b.parts import Rows, nearest_by_parts
 from img2prompt.prompts.params import FoldsParams
 from pipelines import run
 
@@ -73,10 +76,23 @@ class Family:
 
 
 class Neighbourhood:
-    """Model B on one CLIP; loaded when it predicts first."""
+    """Model B on one CLIP; loaded when it predicts first.
 
-    def __init__(self, clip: Path) -> None:
-        self.what, self._clip, self._loaded = f"Model B on clip {clip.name}", clip, None
+    Args:
+        clip: its folder.
+        found: the folder where `find` has left the neighbours; None: each batch looks for its own among all keys.
+    """
+
+    def __init__(self, clip: Path, found: Path | None = None) -> None:
+        self.what, self._clip, self._found, self._loaded = f"Model B on clip {clip.name}", clip, found, None
+
+    def find(self) -> None:
+        """Leave the neighbours of all test images, by tasks that hold some of the keys."""
+        folder, where = OUTPUTS / "knn" / self._clip.name, device()
+        queries = Rows.every(OUTPUTS / "embed_test/knn" / self._clip.name / "test_image.npy")
+        for kind, setting in Bank.load(folder, mapped=True).choice.settings.items():
+            keys, what = Rows.every(folder / f"{kind}_keys.npy"), f"{kind} neighbours on clip {self._clip.name}"
+            nearest_by_parts(queries, keys, setting.k, where, self._found / kind, what)
 
     def __call__(self, left: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """The predictions for each batch of row numbers (b,), and the neighbours that they are made of.
@@ -85,15 +101,30 @@ class Neighbourhood:
         {name}_{kind}_distances (b, k) float32.
         """
         where, name = device(), name_of("model_b", int(self._clip.name))
-        bank = self._loaded = self._loaded or Bank.load(OUTPUTS / "knn" / self._clip.name).on(where)
+        bank = self._loaded = self._loaded or self._load(where)
         queries = np.load(OUTPUTS / "embed_test/knn" / self._clip.name / "test_image.npy", mmap_mode="r")
         for rows in left:
-            found, neighbours = bank.predict(queries[rows], where)
+            if self._found is None:
+                found, neighbours = bank.predict(queries[rows], where)
+            else:
+                neighbours = {kind: self._neighbours(kind, rows) for kind in bank.choice.settings}
+                found = bank.regressed(neighbours, where)
             arrays = {name: found}
             for kind, near in neighbours.items():
                 arrays[f"{name}_{kind}_rows"] = bank.rows[near.index]
                 arrays[f"{name}_{kind}_distances"] = near.distance
             yield arrays
+
+    def _load(self, where: str) -> Bank:
+        folder = OUTPUTS / "knn" / self._clip.name
+        if self._found is None:
+            return Bank.load(folder).on(where)
+        bank = Bank.load(folder, mapped=True)
+        return replace(bank, targets=on_device(bank.targets, where))
+
+    def _neighbours(self, kind: str, rows: np.ndarray) -> Neighbours:
+        arrays = (np.load(self._found / f"{kind}/{name}.npy", mmap_mode="r") for name in ("index", "distance"))
+        return Neighbours(*(np.array(array[rows]) for array in arrays))
 
 
 def main(embed_images: EmbedImagesParams, folds: FoldsParams) -> None:
@@ -104,8 +135,11 @@ def main(embed_images: EmbedImagesParams, folds: FoldsParams) -> None:
     every = np.arange(len(read_rows(TEST, ["id"])))
     with whole_folder(OUTPUTS / "predict" / part) as out:
         for clip in clips:
-            if part == "knn":
+            if part == "knn" and engine() == "local":
                 model, size = Neighbourhood(clip), QUERIES
+            elif part == "knn":
+                model, size = Neighbourhood(clip, resume / f"neighbours_{clip.name}"), BLOCK
+                model.find()
             else:
                 model, size = Family(clip, folds.ids), embed_images.batch_size
             batches = [every[rows] for rows in blocks(len(every), size)]

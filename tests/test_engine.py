@@ -266,7 +266,9 @@ def test_rows_are_read_as_in_one_process(cluster, tmp_path, monkeypatch):
 
 
 def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path, monkeypatch):
-    """Pictures in shards of 16, prompts for dedup in waves of 20; the first fold's stage trains both folds."""
+    """Pictures in shards of 16, prompts for dedup in waves of 20, neighbours in blocks of 13 queries and 17 keys; the
+    first fold's stage trains both folds.
+    """
     from conftest import chain  # not above: workers import this file, and need not wait for what conftest imports
 
     by_ray, tasks = engine._by_ray, Counter()
@@ -278,6 +280,8 @@ def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path,
 
     monkeypatch.setattr(engine, "_by_ray", counted)
     monkeypatch.setattr("img2prompt.prompts.waves.WAVE", 20)
+    monkeypatch.setattr("img2prompt.model_b.parts.QUERIES", 13)
+    monkeypatch.setattr("img2prompt.model_b.parts.KEYS", 17)
     for name in ("input", "params.yaml"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
@@ -286,9 +290,10 @@ def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path,
     outputs = [path for path in files if path.parts[0] == "outputs" and path.name not in ("run.js", ".lock")]
     assert len(outputs) > 40
     assert [path for path in outputs if path.read_bytes() != (made / path).read_bytes()] == []
-    assert not list(Path("outputs/.resume").glob("*/*/shards"))
+    assert not list(Path("outputs/.resume").rglob("*shards*"))
     assert set(tasks) == {
         "input/train", "input/test", "embedding prompts", "dedup", "CLIP on train images", "CLIP on test images",
         "CLIP on prompts", "fold 3", "fold 7", "Model A on clip 0", "Model B on clip 0",
+        "text neighbours on clip 0", "image neighbours on clip 0",
     }  # fmt: skip
     assert tasks["CLIP on train images"] >= 4

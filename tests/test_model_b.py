@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from img2prompt.core.metric import cosine, unit
 from img2prompt.ensemble.weights import Cosines, mix, search_weights
-from img2prompt.model_b import neighbours
+from img2prompt.model_b import neighbours, parts
 from img2prompt.model_b.bank import Bank, Setting
 from img2prompt.model_b.choice import DISTANCE_DIM_GRID, Texts, fit
 from img2prompt.model_b.neighbours import Neighbours, nearest
+from img2prompt.model_b.parts import Rows, nearest_by_parts
 from img2prompt.model_b.regression import grid_scores, regress, weights
 
 
@@ -110,6 +111,51 @@ def test_both_precisions_find_the_same_bytes():
             found.append(nearest(queries, keys, 30))
     np.testing.assert_array_equal(found[0].index, found[1].index)
     np.testing.assert_array_equal(found[0].distance, found[1].distance)
+
+
+@pytest.fixture
+def in_files(tmp_path, monkeypatch):
+    """Queries and some rows of keys in files, equal keys in several blocks of these, and what one search finds."""
+    queries, keys, chosen = directions(30, 16, 8), directions(100, 16, 9), np.arange(100)[np.arange(100) % 7 > 0]
+    keys[60:90] = keys[:30]
+    for name, rows in (("queries", queries), ("a", keys[:70]), ("b", keys[70:]), ("chosen", chosen)):
+        np.save(tmp_path / f"{name}.npy", rows)
+    monkeypatch.setattr(parts, "QUERIES", 11)
+    monkeypatch.setattr(parts, "KEYS", 17)
+    files = tuple(tmp_path / f"{name}.npy" for name in "ab")
+    rows = Rows.every(tmp_path / "queries.npy"), Rows(files, len(chosen), tmp_path / "chosen.npy")
+    return *rows, {k: nearest(queries, keys[chosen], k) for k in (1, 5, 25, len(chosen))}
+
+
+def test_parts_find_what_one_search_finds(in_files, tmp_path):
+    queries, keys, expected = in_files
+    for k, whole in expected.items():
+        found = nearest_by_parts(queries, keys, k, "cpu", tmp_path / str(k), "neighbours")
+        np.testing.assert_array_equal(found.index, whole.index)
+        np.testing.assert_array_equal(found.distance, whole.distance)
+        assert (found.index.dtype, found.distance.dtype) == (np.int32, np.float32)
+        assert not list((tmp_path / str(k)).rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="85 keys"):
+        nearest_by_parts(queries, keys, 86, "cpu", tmp_path, "neighbours")
+
+
+def test_lists_that_a_killed_run_has_left_are_not_made_again(in_files, tmp_path, monkeypatch):
+    queries, keys, expected = in_files
+    listed, calls = parts._listed, []
+
+    def killed(queries, keys, rows, columns, *rest):
+        calls.append((rows.start, columns.start))
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        listed(queries, keys, rows, columns, *rest)
+
+    monkeypatch.setattr(parts, "_listed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        nearest_by_parts(queries, keys, 5, "cpu", tmp_path / "found", "neighbours")
+    found = nearest_by_parts(queries, keys, 5, "cpu", tmp_path / "found", "neighbours")
+    np.testing.assert_array_equal(found.index, expected[5].index)
+    assert len(calls) == 16
+    assert len(set(calls)) == 15
 
 
 def test_a_query_among_the_keys_is_at_distance_zero():

@@ -59,12 +59,17 @@ class Bank:
 
         The neighbours' index counts rows of the bank.
         """
-        found, by_kind = {}, {}
+        settings = self.choice.settings
+        found = {kind: nearest(queries, self.keys[kind], setting.k, device) for kind, setting in settings.items()}
+        return self.regressed(found, device), found
+
+    def regressed(self, found: Mapping[str, Neighbours], device: str = "cpu") -> np.ndarray:
+        """B (n, 384) float32, norm 1, from the neighbours by kind of keys."""
+        by_kind = {}
         for kind, setting in self.choice.settings.items():
-            found[kind] = nearest(queries, self.keys[kind], setting.k, device)
             arguments = (setting.k, setting.distance_dim, self.eps, self.coef, device)
             by_kind[kind] = regress(found[kind], self.targets, *arguments)
-        return self.choice.mixed(by_kind), found
+        return self.choice.mixed(by_kind)
 
     def on(self, device: str) -> Bank:
         """The same bank, to predict from many times on a device: keys and targets go there once."""
@@ -80,13 +85,17 @@ class Bank:
         write_json(folder / "choice.json", asdict(self.choice) | {"eps": self.eps, "coef": self.coef})
 
     @classmethod
-    def load(cls, folder: Path) -> Bank:
-        """Read what `save` wrote; keys are mapped from disk, unless they are stored in half precision."""
+    def load(cls, folder: Path, mapped: bool = False) -> Bank:
+        """Read what `save` wrote; keys are mapped from disk, unless they are stored in half precision.
+
+        mapped: targets and row numbers are too, for what needs few of them.
+        """
         stored = read_json(folder / "choice.json")
         choice = Choice({kind: Setting(**value) for kind, value in stored["settings"].items()}, stored["image_share"])
         keys = {kind: _single(np.load(folder / f"{kind}_keys.npy", mmap_mode="r")) for kind in choice.settings}
-        targets = _single(np.load(folder / "targets.npy"))
-        return cls(keys, targets, np.load(folder / "rows.npy"), choice, stored["eps"], stored["coef"])
+        mode = "c" if mapped else None  # torch warns of what cannot be written to
+        targets, rows = (np.load(folder / f"{name}.npy", mmap_mode=mode) for name in ("targets", "rows"))
+        return cls(keys, _single(targets), rows, choice, stored["eps"], stored["coef"])
 
 
 def _single(x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The search of Model B's settings, and its out-of-fold predictions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +17,8 @@ from img2prompt.model_b.regression import grid_scores, regress
 # prediction is the unweighted mean of the k neighbours' targets.
 K_GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 DISTANCE_DIM_GRID = (0, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Given a kind of keys, fold -> (m,) bool of the keys that are usable for its queries, and k: the queries' neighbours.
+Search = Callable[[str, Mapping[int, np.ndarray], int], Neighbours]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class KnnResult:
     bank: Bank
 
 
-def _out_of_fold(
+def out_of_fold(
     queries: np.ndarray, keys: Stack, fold: np.ndarray, usable: Mapping[int, np.ndarray], k: int, device: str
 ) -> Neighbours:
     """The k neighbours (n, k) of every query among the keys (m, d) that are usable for its fold: fold -> (m,) bool."""
@@ -77,6 +79,7 @@ def fit(
     coef: float,
     device: str = "cpu",
     texts: Texts | None = None,
+    search: Search | None = None,
 ) -> KnnResult:
     """Fit Model B to the train images, and predict them out of fold.
 
@@ -84,6 +87,7 @@ def fit(
     rows' keys (n, d); texts: more `text` keys. targets (n, 384), norm 1. fold (n,) int. kept (n,) bool: may
     be a neighbour. scored (n,) bool: counts in choosing. keys: `text`, `image`, or `both`: the mix of the two
     predictions. k, distance_dim: `search`, or the number to use; a k beyond the smallest bank of keys becomes its size.
+    search: what finds neighbours in place of `out_of_fold`, the same ones.
 
     The paper does not say how to choose. Here it is done as for the ensemble's weights: for each kind of keys, the k
     and distance_dim of the best mean cosine out of fold (of equals the smallest k, then the smallest
@@ -123,7 +127,10 @@ def fit(
     neighbours, table = {}, []
     settings: dict[int | None, dict[str, Setting]] = {held_out: {} for held_out in judges}
     for kind in kinds:
-        found = _out_of_fold(queries, Stack(stacks[kind]), fold, usable[kind], ks[-1], device)
+        if search is None:
+            found = out_of_fold(queries, Stack(stacks[kind]), fold, usable[kind], ks[-1], device)
+        else:
+            found = search(kind, usable[kind], ks[-1])
         scores = grid_scores(found, every, targets, ks, dims, eps, coef, device, np.flatnonzero(scored))
         for held_out, mask in judges.items():
             mean = scores.mean(axis=0, dtype=np.float64, where=mask[scored, None, None])

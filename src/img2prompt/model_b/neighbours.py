@@ -35,7 +35,11 @@ class Neighbours:
 
 
 def nearest(
-    queries: np.ndarray | Stack, keys: np.ndarray | Stack | UnitRows, k: int, device: str = "cpu"
+    queries: np.ndarray | Stack,
+    keys: np.ndarray | Stack | UnitRows,
+    k: int,
+    device: str = "cpu",
+    dtype: type[np.floating] = np.float32,
 ) -> Neighbours:
     """The k keys (m, d) nearest to each query (n, d) by Euclidean distance, both scaled to norm 1.
 
@@ -43,13 +47,14 @@ def nearest(
 
     Exact for the float32 rows of norm 1: float64 distances decide, and between equal ones the index. Beside the result
     and, on other devices than the CPU, the keys, memory is bounded whatever n and m are.
+    dtype: of the distances; float64 where they are to be compared with those of other keys.
     Raises ValueError for k outside 1..m, and for a row that is all zeros or not finite.
     """
     if not 1 <= k <= len(keys):
         raise ValueError(f"k={k} neighbours of {len(keys)} keys: choose k between 1 and the number of keys")
     query_rows, key_rows = UnitRows(queries, "cpu"), keys if isinstance(keys, UnitRows) else UnitRows(keys, device)
     index = np.empty((len(queries), k), dtype=np.int32)
-    distance = np.empty((len(queries), k), dtype=np.float32)
+    distance = np.empty((len(queries), k), dtype=dtype)
     height, width = tile(device, (QUERY_BLOCK, KEY_BLOCK))
     # Allocated once: fresh pages for every tile cost a quarter of the matrix product.
     columns = min(len(keys), width) + ALIGNED * int(len(keys) ** 0.5)
@@ -106,7 +111,7 @@ def _nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shortlist keys by one matrix product, then decide on their accurate distances: rows and distances, (n, k)."""
     size = min(k + slack + half * k // 2, len(keys))
-    index, distance = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), np.float32)
+    index, distance = np.empty((len(queries), k), np.int32), np.empty((len(queries), k))
     doubtful = np.zeros(len(queries), dtype=bool)
     for rows, highest, listed in _shortlists(queries, keys, size, half, similarity):
         index[rows], distance[rows], doubtful[rows] = _closest(queries[rows], keys, highest, listed, k)
