@@ -9,6 +9,7 @@ import pandas as pd
 from img2prompt.core.device import device
 from img2prompt.core.engine import engine
 from img2prompt.core.rows import read_rows
+from img2prompt.core.shards import forget
 from img2prompt.core.storage import RESUME, resume_folder, room, whole_folder
 from img2prompt.prompts.dedup import deduplicate
 from img2prompt.prompts.params import DedupParams
@@ -62,6 +63,7 @@ def main(dedup: DedupParams) -> None:
         pd.DataFrame(columns | {"cosine": pairs.cosine.round(7).to_numpy()}).to_csv(out / "duplicates.csv", index=False)
         pd.DataFrame(counts, columns=["threshold", "kept", "share"]).to_csv(out / "thresholds.csv", index=False)
     shutil.rmtree(RESUME / "dedup", ignore_errors=True)
+    forget(RESUME / "dedup")
     print(
         f"kept {train.sum()} of {len(targets)} prompts"
         + (", at random" if dedup.at_random else f" at cosine {threshold}")

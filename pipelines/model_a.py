@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from img2prompt.core import engine
+from img2prompt.core import engine, shards
 from img2prompt.core.device import device, on_cuda
 from img2prompt.core.metric import cosine
 from img2prompt.core.storage import numbered, resume_folder, room, whole
@@ -92,8 +92,8 @@ def main(model_a: ModelAParams) -> None:
     shelf = resume_folder("model_a", model_a.model_dump_json(), where, features_state(), *DEPENDS)
     trained = shelf / f"fold_{held_out}"
     # DVC runs fold after fold: on a cluster the first one's process trains them all, and the others take theirs.
-    if not trained.exists():
-        every = np.unique(pd.read_parquet(OUTPUTS / "folds/folds.parquet").fold).tolist()
+    every = np.unique(pd.read_parquet(OUTPUTS / "folds/folds.parquet").fold).tolist()
+    if not shards.there(trained):
         pieces = [
             engine.Piece(
                 f"fold {fold}", partial(train_fold, fold, model_a, shelf / f"state_{fold}"), shelf / f"fold_{fold}"
@@ -103,8 +103,8 @@ def main(model_a: ModelAParams) -> None:
         for _ in engine.run(pieces, "training folds", "fold", on_cuda(where)):
             pass
     with whole(OUTPUTS / f"model_a/{trained.name}") as out:
-        trained.rename(out)
-    if not any(shelf.glob("fold_*")):
+        shards.taken(trained, out)
+    if not any(shards.there(shelf / f"fold_{fold}") for fold in every):
         shutil.rmtree(shelf)
 
 

@@ -8,13 +8,14 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from img2prompt.core import engine, process
+from img2prompt.core import engine, process, shards
 from img2prompt.core.engine import Piece, grown, run
 from img2prompt.core.storage import digest
 from img2prompt.sources import reading
@@ -119,7 +120,26 @@ def test_what_differs_between_machines_is_said():
 
 
 @pytest.fixture(scope="module")
-def two_nodes():
+def bucket():
+    """An empty bucket of an S3 server on this machine. The environment has what machines in a cloud know of theirs."""
+    server = pytest.importorskip("moto.server", reason="moto is not installed: requirements-ray.txt")
+    import s3fs
+
+    started = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    names = {"ENDPOINT_URL": f"http://{host}:{port}", "DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | dict.fromkeys(("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"), "none")).items():
+            patch.setenv(f"AWS_{name}", value)
+        files = s3fs.S3FileSystem(use_listings_cache=False)
+        files.mkdir("bucket")
+        yield files
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def two_nodes(bucket):
     """A cluster of two nodes, each with the cores of one task."""
     pytest.importorskip("ray", reason="Ray is not installed: requirements-ray.txt")
     import ray
@@ -151,6 +171,34 @@ def test_shards_of_two_nodes_are_what_one_process_makes(cluster, tmp_path, notes
     loaded = [worker for *_, worker in noted(notes, "loaded") if worker != str(os.getpid())]
     assert len(workers) >= 2
     assert sorted(loaded) == sorted(workers)  # each once, for whatever many shards
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "s3://bucket/of squares/"])
+def test_shards_that_lie_elsewhere(cluster, bucket, tmp_path, notes, expected, monkeypatch, where):
+    """Those that an interrupted run has left are not made again, and in the end there are none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMG2PROMPT_SHARDS", where)
+    folder, grow = shards.RESUME / "stage/digest", engine.grow
+
+    def interrupted(folder, batches, results, saved):
+        def some(left):
+            yield from islice(results(left), 4)
+            raise KeyboardInterrupt
+
+        return grow(folder, batches, some, saved=saved)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "grow", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            squares(folder, Squares(notes))
+    assert not list(folder.rglob("*.safetensors"))
+    there = len(list(Path("elsewhere").rglob("*.safetensors"))) + len(bucket.find("bucket"))
+    before = len(noted(notes, "made"))
+    assert squares(folder, Squares(notes)) == expected
+    assert there >= 2
+    assert len(noted(notes, "made")) < before + len(BATCHES)
+    assert not list(Path("elsewhere").rglob("*.safetensors"))
+    assert bucket.find("bucket") == []
 
 
 def test_a_killed_worker_s_shard_is_made_again_and_no_other(cluster, tmp_path, notes, expected):
@@ -265,19 +313,23 @@ def test_rows_are_read_as_in_one_process(cluster, tmp_path, monkeypatch):
     assert [len(batch.rows) for batch in found] == [63, 6]
 
 
-def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["", "s3://bucket/chain"])
+def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, bucket, made, tmp_path, monkeypatch, where):
     """Pictures in shards of 16, prompts for dedup in waves of 20, neighbours in blocks of 13 queries and 17 keys; the
     first fold's stage trains both folds.
     """
     from conftest import chain  # not above: workers import this file, and need not wait for what conftest imports
 
-    by_ray, tasks = engine._by_ray, Counter()
+    by_ray, tasks, elsewhere = engine._by_ray, Counter(), set()
 
     def counted(pieces, *rest):
         pieces = list(pieces)
         tasks.update(piece.name.partition(",")[0] for piece in pieces)
-        return by_ray(pieces, *rest)
+        for sha in by_ray(pieces, *rest):
+            elsewhere.update(file.split("/")[3] for file in bucket.find("bucket"))
+            yield sha
 
+    monkeypatch.setenv("IMG2PROMPT_SHARDS", where)
     monkeypatch.setattr(engine, "_by_ray", counted)
     monkeypatch.setattr("img2prompt.prompts.waves.WAVE", 20)
     monkeypatch.setattr("img2prompt.model_b.parts.QUERIES", 13)
@@ -291,9 +343,12 @@ def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, made, tmp_path,
     assert len(outputs) > 40
     assert [path for path in outputs if path.read_bytes() != (made / path).read_bytes()] == []
     assert not list(Path("outputs/.resume").rglob("*shards*"))
+    assert bucket.find("bucket") == []
     assert set(tasks) == {
         "input/train", "input/test", "embedding prompts", "dedup", "CLIP on train images", "CLIP on test images",
         "CLIP on prompts", "fold 3", "fold 7", "Model A on clip 0", "Model B on clip 0",
         "text neighbours on clip 0", "image neighbours on clip 0",
     }  # fmt: skip
     assert tasks["CLIP on train images"] >= 4
+    stages = {"reading", "embed_prompts", "dedup", "embed_images", "model_a", "knn_0", "embed_test", "predict"}
+    assert elsewhere - {"freeze", "words"} == (stages if where else set())

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from img2prompt.core import shards
 from img2prompt.core.storage import digest, grow, resume_folder, whole, whole_folder, write_json
 
 
@@ -121,6 +122,31 @@ def test_resume_folders_of_other_inputs_are_removed(tmp_path, monkeypatch):
     resume_folder("stage", "b")
     assert not first.exists()
     assert (tmp_path / "other").exists()
+
+
+def test_shards_of_other_inputs_are_removed_where_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMG2PROMPT_SHARDS", "elsewhere")
+    first = resume_folder("stage", "a") / "shard"
+    with whole(shards.folder(first)) as path:
+        path.write_text("x")
+    resume_folder("stage", "a")
+    resume_folder("other", "a")
+    assert shards.there(first)
+    assert not first.exists()
+    resume_folder("stage", "b")
+    assert not shards.there(first)
+
+
+def test_copies_of_a_project_share_no_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMG2PROMPT_SHARDS", str(tmp_path / "elsewhere"))
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        found.append(shards.folder(shards.RESUME / "stage/shard"))
+    assert found[0] != found[1]
+    assert all(path.is_relative_to(tmp_path / "elsewhere") for path in found)
 
 
 FULL = """

@@ -2,7 +2,7 @@
 
 IMG2PROMPT_ENGINE says which: `local`, the default, or `ray`, which joins the cluster at RAY_ADDRESS or else starts Ray
 on this machine. Every node sees the project's folder under the same path. Tasks are given paths and little else, and
-leave what they make in files: no arrays go through Ray.
+leave what they make in files, shards, which may lie elsewhere (`core.shards`): no arrays go through Ray.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from img2prompt.core import process
+from img2prompt.core import process, shards
 from img2prompt.core.progress import progress
 from img2prompt.core.storage import Results, digest, grow, whole
 
@@ -49,7 +50,7 @@ class Piece(NamedTuple):
 
     name: str  # by which a failure is told
     make: Callable[[Path], object]  # writes to a path that is not there yet; for Ray, what pickle takes
-    file: Path  # where that is renamed to when it is whole
+    file: Path  # what that is renamed to when it is whole: a shard, by its name
     size: int = 1  # in the units of progress
 
 
@@ -86,10 +87,7 @@ def run(pieces: Iterable[Piece], what: str | None, unit: str = "piece", gpu: boo
         yield from _by_ray(pieces, what, unit, gpu)
         return
     for piece in pieces:
-        if not piece.file.exists():
-            with whole(piece.file) as aside:
-                piece.make(aside)
-        yield digest(piece.file)
+        yield _made(piece)
 
 
 def grown(
@@ -125,35 +123,37 @@ def grown(
     # The same shards whatever is left of the batches, so that a resumed run finds what is there.
     ends = np.cumsum([0, *map(len, batches)])
     cuts = np.unique(np.searchsorted(ends, [*range(0, int(ends[-1]), ROWS), int(ends[-1])])).tolist()
-    shards, pickled = folder / "shards", _ray().cloudpickle.dumps(results)  # it takes what a stage's script defines
+    files, pickled = folder / "shards", _ray().cloudpickle.dumps(results)  # it takes what a stage's script defines
+    appended: deque[tuple[int, Path]] = deque()  # and not yet removed, by the number of their last batch
 
-    def appended(left: Sequence[Sized]) -> Iterator[dict[str, np.ndarray]]:
+    def shards_of(left: Sequence[Sized]) -> Iterator[dict[str, np.ndarray]]:
         start = len(batches) - len(left)
         spans = [(first, last) for first, last in pairwise(cuts) if last > start]
         pieces = [
             Piece(
                 f"{what}, {unit}s {ends[first]} to {ends[last] - 1}",
                 partial(_shard, str(folder), pickled, batches[first:last]),
-                shards / f"{first:09d}-{last:09d}.safetensors",
+                files / f"{first:09d}-{last:09d}.safetensors",
                 int(ends[last] - ends[first]),
             )
             for first, last in spans
         ]
         for (first, last), piece, sha in zip(spans, pieces, run(pieces, what, unit, gpu), strict=True):
-            if digest(piece.file) != sha:
-                raise OSError(f"{piece.file}: not what its worker wrote; is the folder the same one on all nodes?")
-            arrays = load_file(piece.file)
+            with shards.fetched(piece.file) as file:
+                if digest(file) != sha:
+                    raise OSError(f"{piece.file}: not what its worker wrote; is the folder the same one on all nodes?")
+                arrays = load_file(file)
+            appended.append((last, piece.file))
             for batch in range(max(first, start), last):
                 own = slice(ends[batch] - ends[first], ends[batch + 1] - ends[first])
                 yield {name: array[own] for name, array in arrays.items()}
 
     def saved(done: int) -> None:
-        for file in shards.glob("*.safetensors"):
-            if int(file.stem.rpartition("-")[2]) <= done:
-                file.unlink()
+        while appended and appended[0][0] <= done:
+            shards.forget(appended.popleft()[1])
 
-    found = grow(folder, batches, appended, saved=saved)
-    shutil.rmtree(shards, ignore_errors=True)
+    found = grow(folder, batches, shards_of, saved=saved)
+    shards.forget(files)
     return found
 
 
@@ -179,6 +179,7 @@ def _by_ray(pieces: Iterable[Piece], what: str | None, unit: str, gpu: bool) -> 
         "IMG2PROMPT_THREADS": str(cores),
         "IMG2PROMPT_DEVICE": "cuda" if gpu else "cpu",
         "IMG2PROMPT_ENGINE": "local",  # a task starts no tasks
+        "IMG2PROMPT_SHARDS": shards.root(),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # workers import what this process would
     }
     options = {"num_cpus": cores, "num_gpus": int(gpu), "max_retries": RETRIES}
@@ -205,8 +206,8 @@ def _by_ray(pieces: Iterable[Piece], what: str | None, unit: str, gpu: bool) -> 
             while True:
                 while len(order) < 2 * max(slots(), 1) and (piece := next(coming, None)):
                     order.append(piece)
-                    if piece.file.exists():
-                        digests[piece.file] = digest(piece.file)
+                    if shards.there(piece.file):
+                        digests[piece.file] = _made(piece)
                         bar.update(piece.size)
                     else:
                         running[task.remote(root, about, gpu, piece)] = piece
@@ -267,20 +268,36 @@ def _task(root: str, driver: dict[str, str], gpu: bool, piece: Piece) -> str:
             "libraries there, or take it out of the cluster with `ray stop`"
         )
     try:
-        if not piece.file.exists():
-            # A name of its own: a worker that is taken for lost may still write beside the one that makes it again.
-            own = piece.file.with_name(f"{piece.file.name}.{node}-{os.getpid()}")
-            with whole(own) as aside:
-                piece.make(aside)
-            try:
-                own.replace(piece.file)
-            except OSError:
-                if not piece.file.is_dir():
-                    raise
-                shutil.rmtree(own)  # the other one was first
-        return digest(piece.file)
+        return _made(piece, f".{node}-{os.getpid()}")
     except (ValueError, OSError) as error:
         raise ValueError(f"{piece.name}, on {where}: {error}") from None
+
+
+def _made(piece: Piece, mark: str = "") -> str:
+    """Make a piece's file, if it is not there; its SHA-256.
+
+    mark: ends the name of what is not its file yet: a worker that is taken for lost may still write beside the one that
+    makes it again.
+    """
+    file = shards.folder(piece.file)
+    if not shards.there(piece.file) and file is None:
+        with TemporaryDirectory() as aside:
+            own = Path(aside) / piece.file.name
+            piece.make(own)
+            shards.sent(own, piece.file)
+            return digest(own)
+    if not shards.there(piece.file):
+        own = file.with_name(f"{file.name}{mark}")
+        with whole(own) as aside:
+            piece.make(aside)
+        try:
+            own.replace(file)
+        except OSError:
+            if not file.is_dir():
+                raise
+            shutil.rmtree(own)  # the other one was first
+    with shards.fetched(piece.file) as found:
+        return digest(found)
 
 
 @cache

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# Where a killed run finds its partial results; not an output of a stage, ignored by git and DVC.
-RESUME = Path("outputs/.resume")
+from img2prompt.core import shards
+from img2prompt.core.shards import RESUME
+
 # Given some of the inputs of `grow`, in order, the arrays and text of each.
 Results = Callable[[Sequence[Sized]], Iterator[dict[str, np.ndarray | bytes]]]
 
@@ -67,11 +68,14 @@ def _sync(path: Path) -> None:
 
 
 def resume_folder(name: str, *parts: str | bytes | Path | np.ndarray) -> Path:
-    """The folder of RESUME/`name` for the `digest` of `parts`; the folders of other digests there are removed."""
+    """The folder of RESUME/`name` for the `digest` of `parts`; the folders of other digests there are removed, shards
+    and all.
+    """
     folder = RESUME / name / digest(*parts)
     for stale in folder.parent.glob("*"):
         if stale != folder:
             _remove(stale)
+    shards.forget_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

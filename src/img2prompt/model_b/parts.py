@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.device import on_cuda
 from img2prompt.core.engine import Piece, run
+from img2prompt.core.shards import fetched, forget, there
 from img2prompt.core.storage import grow, whole
 from img2prompt.model_b.neighbours import Neighbours, nearest
 
@@ -66,9 +68,10 @@ def nearest_by_parts(queries: Rows, keys: Rows, k: int, device: str, folder: Pat
     columns, shards, gpu = [*blocks(keys.count, KEYS)], folder / "shards", on_cuda(device)
     batches = [range(rows.start, rows.stop) for rows in blocks(queries.count, QUERIES)]
     merged = {batch: shards / f"{batch.start}.safetensors" for batch in batches}
+    appended: deque[tuple[range, Path]] = deque()  # and not yet removed
 
     def results(left: Sequence[range]) -> Iterator[dict[str, np.ndarray]]:
-        new = [batch for batch in left if not merged[batch].exists()]
+        new = [batch for batch in left if not there(merged[batch])]
         lists = {batch: [shards / f"{batch.start}_{part.start}.safetensors" for part in columns] for batch in new}
         pieces = [
             Piece(
@@ -86,14 +89,16 @@ def nearest_by_parts(queries: Rows, keys: Rows, k: int, device: str, folder: Pat
                     said = f"{what}, queries {batch.start} to {batch.stop - 1}"
                     list(run([Piece(said, partial(_merged, lists[batch], k), merged[batch])], None))
                     for file in lists[batch]:
-                        file.unlink()
-                yield load_file(merged[batch])
+                        forget(file)
+                appended.append((batch, merged[batch]))
+                yield _loaded(merged[batch])
 
     def saved(done: int) -> None:
-        for batch in batches[:done]:
-            merged[batch].unlink(missing_ok=True)
+        while appended and appended[0][0].stop <= batches[done - 1].stop:
+            forget(appended.popleft()[1])
 
     files = grow(folder, batches, results, saved=saved)
+    forget(shards)
     return Neighbours(*(np.load(files[name], mmap_mode="r") for name in ("index", "distance")))
 
 
@@ -124,6 +129,11 @@ def out_of_fold_by_parts(
     return Neighbours(index, distance)
 
 
+def _loaded(file: Path) -> dict[str, np.ndarray]:
+    with fetched(file) as path:
+        return load_file(path)
+
+
 def _listed(queries: Rows, keys: Rows, rows: slice, columns: slice, k: int, device: str, path: Path) -> None:
     """The nearest of some keys for some queries, with distances that are not rounded yet."""
     found = nearest(queries.part(rows), keys.part(columns), min(k, columns.stop - columns.start), device, np.float64)
@@ -132,9 +142,9 @@ def _listed(queries: Rows, keys: Rows, rows: slice, columns: slice, k: int, devi
 
 def _merged(files: Sequence[Path], k: int, path: Path) -> None:
     """The nearest of several blocks of keys, in whose order the files are."""
-    best = load_file(files[0])
+    best = _loaded(files[0])
     for file in files[1:]:
-        both = {name: np.concatenate([best[name], more], axis=1) for name, more in load_file(file).items()}
+        both = {name: np.concatenate([best[name], more], axis=1) for name, more in _loaded(file).items()}
         order = np.argsort(both["distance"], axis=1, kind="stable")[:, :k]  # of equally near keys the earlier is first
         best = {name: np.take_along_axis(array, order, axis=1) for name, array in both.items()}
     save_file({"index": best["index"], "distance": best["distance"].astype(np.float32)}, path)

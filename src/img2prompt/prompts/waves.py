@@ -17,6 +17,7 @@ from img2prompt.core.blocks import Stack, blocks
 from img2prompt.core.device import on_cuda
 from img2prompt.core.engine import Piece, run
 from img2prompt.core.progress import progress
+from img2prompt.core.shards import fetched, forget, there
 from img2prompt.prompts.dedup import Deduplication, Greedy, check_rows, deduplication, ordered
 
 WAVE = 65_536  # rows: a task takes 0.3 GB of them at 384 values, and on one core about ten seconds
@@ -63,7 +64,7 @@ def deduplicate_files(
     with progress(None, "dedup", len(waves) * (len(waves) + 1) // 2, "block") as bar:
         for number, wave in enumerate(waves):
             bar.update()
-            if decided[number].exists():
+            if there(decided[number]):
                 bar.update(number)
                 continue
             compared = [folder / f"{number}_{earlier}.safetensors" for earlier in range(number)]
@@ -78,10 +79,15 @@ def deduplicate_files(
             piece = Piece(f"dedup, rows {_said(wave)}", partial(_decide, task, wave, compared), decided[number])
             list(run([piece], None, gpu=gpu))
             for file in compared:
-                file.unlink()
-    found = [load_file(file) for file in decided]
+                forget(file)
+    found = [_loaded(file) for file in decided]
     parts = (np.concatenate([part[name] for part in found]) for name in ("alive", "nearest", "cosine"))
     return deduplication(task.thresholds, threshold, *parts)
+
+
+def _loaded(file: Path) -> dict[str, np.ndarray]:
+    with fetched(file) as path:
+        return load_file(path)
 
 
 def _said(part: slice) -> str:
@@ -90,7 +96,7 @@ def _said(part: slice) -> str:
 
 def _compare(task: Task, wave: slice, other: slice, kept: Path, path: Path) -> None:
     """Of a wave's rows those that stay beside the kept ones of an earlier wave, and the nearest of these."""
-    rows, alive = task.rows(), load_file(kept)["alive"]
+    rows, alive = task.rows(), _loaded(kept)["alive"]
     those = np.flatnonzero(alive)
     known = len(those)
     greedy = task.greedy(np.concatenate([rows[other][those], rows[wave]]))
@@ -108,7 +114,7 @@ def _compare(task: Task, wave: slice, other: slice, kept: Path, path: Path) -> N
 def _decide(task: Task, wave: slice, compared: Sequence[Path], path: Path) -> None:
     """Which of a wave's rows are kept, and the nearest kept row before each."""
     greedy, nearest = task.greedy(task.rows()[wave]), np.full(wave.stop - wave.start, -1)
-    for found in map(load_file, compared):
+    for found in map(_loaded, compared):
         greedy.alive &= found["alive"]
         nearer = found["cosine"] > greedy.nearest_cosine  # of equally near ones the earliest stays
         greedy.nearest_cosine[nearer], nearest[nearer] = found["cosine"][nearer], found["nearest"][nearer]

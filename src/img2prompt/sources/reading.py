@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from img2prompt.core.images import decode, read_image
 from img2prompt.core.process import threads
 from img2prompt.core.progress import progress
 from img2prompt.core.rows import ROWS, TEXTS, Row
-from img2prompt.core.storage import RESUME
+from img2prompt.core.shards import RESUME, fetched, forget
 from img2prompt.sources.layouts import Layout, recognise
 from img2prompt.sources.params import Source
 from img2prompt.sources.readers import Entry
@@ -229,7 +228,7 @@ def _parallel(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch
 def _by_workers(entries: Iterable[Entry], name: str, split: str) -> Iterator[Batch]:
     """Check images by Ray's workers, results in order; what a killed run has checked may have changed since."""
     entries, folder = iter(entries), RESUME / "reading"
-    shutil.rmtree(folder, ignore_errors=True)
+    forget(folder)
 
     def pieces() -> Iterator[engine.Piece]:
         for number in count():
@@ -240,10 +239,12 @@ def _by_workers(entries: Iterable[Entry], name: str, split: str) -> Iterator[Bat
 
     for number, _ in enumerate(engine.run(pieces(), None)):
         file = folder / f"{number}.json"
-        for rows, set_aside, images in json.loads(file.read_text(encoding="ascii")):
+        with fetched(file) as path:
+            batches = json.loads(path.read_text(encoding="ascii"))
+        for rows, set_aside, images in batches:
             yield Batch([Row(*row) for row in rows], [SetAside(*row) for row in set_aside], bytes.fromhex(images))
-        file.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+        forget(file)
+    forget(folder)
 
 
 def _check_into(entries: Sequence[Entry], name: str, split: str, path: Path) -> None:
