@@ -129,7 +129,7 @@ def test_waves_that_a_killed_run_has_decided_are_not_decided_again(parts, tmp_pa
     decide, calls = waves._decide, []
 
     def killed(task, wave, *rest):
-        calls.append(wave.start)
+        calls.append((wave.start, wave.stop))
         if len(calls) == 4:
             raise KeyboardInterrupt
         decide(task, wave, *rest)
@@ -138,8 +138,45 @@ def test_waves_that_a_killed_run_has_decided_are_not_decided_again(parts, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         deduplicate_files(files, 0.85, THRESHOLDS, "cpu", tmp_path / "waves")
     found = deduplicate_files(files, 0.85, THRESHOLDS, "cpu", tmp_path / "waves")
-    assert calls == [0, 47, 94, 141, 141, 188, 235, 282, 329]
+    assert calls[3] == calls.pop(4)
+    starts, stops = zip(*calls, strict=True)
+    assert [*starts, 331] == [0, *stops]
     assert found.duplicates.equals(expected.duplicates)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("norm", [1, 0.9995])
+def test_equal_rows_in_waves_change_nothing(tmp_path, monkeypatch, dtype, norm):
+    """They are of kept rows and of dropped ones; those of norm 0.9995 are not near themselves at the cosine 0.9995."""
+    prefilter(monkeypatch, dtype)
+    monkeypatch.setattr(waves, "WAVE", 23)
+    monkeypatch.setattr(dedup, "BLOCK", 8)
+    rng = np.random.default_rng(0)
+    rows = clusters(120, d=384)[np.sort(rng.integers(120, size=700) * rng.integers(2, size=700))]
+    rows = np.float32(norm) * rows[rng.permutation(700)]
+    np.save(tmp_path / "rows.npy", rows)
+    first, before = waves.equal_rows(rows, 0.9995)
+    same = (rows[:, None] == rows).all(axis=2)
+    assert (first.tolist() == same.argmax(axis=1).tolist()) == (norm == 1)
+    assert ((before >= 0).sum() > 500) == (norm == 1)
+    expected = deduplicate(rows, 0.85, [*THRESHOLDS, 0.9995])
+    found = deduplicate_files([tmp_path / "rows.npy"], 0.85, [*THRESHOLDS, 0.9995], "cpu", tmp_path / "waves")
+    assert np.array_equal(found.kept, expected.kept)
+    assert found.duplicates.equals(expected.duplicates)
+    of_copies = expected.duplicates.kept.to_numpy()[(expected.duplicates.cosine < 0.99).to_numpy()]
+    assert len(of_copies) > 20
+
+
+def test_rows_that_are_equal_to_a_kept_one_are_compared_with_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(waves, "WAVE", 40)
+    made, greedy = [], waves.Task.greedy
+    monkeypatch.setattr(waves.Task, "greedy", lambda task, rows: made.append(len(rows)) or greedy(task, rows))
+    rows = np.tile(np.eye(40, dtype=np.float32), (9, 1))
+    np.save(tmp_path / "rows.npy", rows)
+    found = deduplicate_files([tmp_path / "rows.npy"], 0.85, [], "cpu", tmp_path / "waves")
+    assert found.kept.sum() == 40
+    assert found.duplicates.kept.tolist() == [*range(40)] * 8
+    assert made == [40]
 
 
 def test_survivors_are_apart_and_every_dropped_row_names_a_kept_earlier_one():
