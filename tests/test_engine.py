@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 
@@ -352,3 +353,21 @@ def test_the_whole_chain_is_the_local_one_byte_for_byte(cluster, bucket, made, t
     assert tasks["CLIP on train images"] >= 4
     stages = {"reading", "embed_prompts", "dedup", "embed_images", "model_a", "knn_0", "embed_test", "predict"}
     assert elsewhere - {"freeze", "words"} == (stages if where else set())
+
+
+def test_a_search_by_two_nodes_finds_the_same(cluster, copy, monkeypatch):
+    from conftest import chain, change
+
+    from img2prompt.cli.main import main
+
+    tables = []
+    for name in ("local", "ray"):
+        monkeypatch.setenv("IMG2PROMPT_ENGINE", name)
+        if not tables:
+            change(folds={"ids": [3, 7, 9]})
+            chain(["folds"])
+        main(["search", "pull", "tta", "--folds", "3", "7", "--heads", "model_a"])
+        tables.append(pd.read_csv("outputs/search.csv").drop(columns="seconds"))
+        assert len(tables[0]) >= 4
+    assert tables[0].equals(tables[1])
+    assert not Path("outputs/.resume/search").exists()

@@ -11,7 +11,9 @@ on the rest, so the held-out fold itself is never used. Both heads get the same 
 import argparse
 import shutil
 import time
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,16 @@ import pandas as pd
 from torch import nn
 
 from img2prompt.cli.check import Params, load_params
-from img2prompt.core.device import device
+from img2prompt.core import engine
+from img2prompt.core.device import device, on_cuda
 from img2prompt.core.metric import bootstrap_interval, cosine
 from img2prompt.core.process import turn
 from img2prompt.core.progress import progress
-from img2prompt.core.storage import RESUME, digest, whole
+from img2prompt.core.shards import RESUME, fetched, forget
+from img2prompt.core.storage import digest, whole
 from img2prompt.model_a.fold import Features, Fold, TrainRows
-from img2prompt.model_a.params import Rates
+from img2prompt.model_a.params import ModelAParams, Rates
 from img2prompt.model_a.prediction import predict
-from img2prompt.model_a.training import Start
 
 # The values to try of each parameter, while the others have their best values so far, at first those of params.yaml.
 GRIDS: dict[str, list[object]] = {
@@ -72,6 +75,91 @@ def main(options: argparse.Namespace) -> None:
         search(load_params(), options)
 
 
+class Trials:
+    """Trainings on inner splits of the training folds, and what they share.
+
+    Args:
+        section: the params around which settings are tried.
+        ids: all folds.
+        clip: the CLIP's number.
+    """
+
+    def __init__(self, section: ModelAParams, ids: Sequence[int], clip: int) -> None:
+        self._section, self._ids, self._where = section, ids, device()
+        self._rows, self._features = TrainRows.read(Path("outputs")), Features.read(Path("outputs"), clip, section)
+        inputs = self._features.inputs(section.augmentation, section.seed, self._where)
+        self._frozen = dict(zip(self._features.views, inputs, strict=True))
+        self._start = cache(
+            lambda held_out, **starting: self._split(held_out).start(section.model_copy(update=starting))
+        )
+
+    def _inner(self, held_out: int) -> int:
+        return self._ids[(self._ids.index(held_out) + 1) % len(self._ids)]
+
+    def _split(self, held_out: int) -> Fold:
+        return Fold(self._rows, self._features, [held_out, self._inner(held_out)])
+
+    def _wanted(self, held_out: int) -> np.ndarray:
+        return np.flatnonzero(self._rows.scored & (self._rows.fold == self._inner(held_out)))
+
+    def groups(self, folds: Sequence[int]) -> np.ndarray:
+        """The groups of the rows that are scored, fold by fold."""
+        return np.concatenate([self._rows.group[self._wanted(held_out)] for held_out in folds])
+
+    def trained(self, kind: str, held_out: int, seed: int, setting: Setting, resume: Path) -> nn.ModuleDict:
+        """A tower's last layers with a head, trained with a setting."""
+        rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
+        changed = self._section.model_copy(update=setting)
+        starting = {key: getattr(changed, key) for key in ("pretrain", "validation", "cross_fit")}
+        model, *_ = self._split(held_out).train(
+            kind, self._start(held_out, **starting), [self._frozen["plain"]], changed, rates,
+            (self._section.seed + seed, held_out), self._where, resume,
+        )  # fmt: skip
+        return model
+
+    def cosines(self, model: nn.ModuleDict, held_out: int, views: Sequence[str]) -> np.ndarray:
+        """With the targets, of what a model predicts of the scored rows' views, the plain one and these."""
+        seen, those = [self._frozen[name] for name in ("plain", *views)], self._wanted(held_out)
+        found = predict(model["tower"], model["head"], seen, those, self._section.batch_size, self._where)
+        return cosine(found, self._rows.targets[0, those])
+
+    def views(self, setting: Setting) -> Sequence[str]:
+        """Those that a setting averages beside the plain one."""
+        return setting.get("tta", self._section.tta)
+
+
+@lru_cache(maxsize=1)
+def _trials(_search: str, section: str, ids: tuple[int, ...], clip: int) -> Trials:
+    """Once a process and search."""
+    return Trials(ModelAParams.model_validate_json(section), ids, clip)
+
+
+def _training(setting: Setting) -> Setting:
+    return {key: value for key, value in setting.items() if key != "tta"}
+
+
+def _try(
+    trials: Callable[[], Trials], kind: str, held_out: int, seed: int, settings: Sequence[Setting], path: Path
+) -> None:
+    """Train once and leave the cosines of each of the settings, which differ in views alone, and the seconds."""
+    common, setting, found, seconds = trials(), _training(settings[0]), {}, []
+    resume = RESUME / "search" / digest(repr((kind, held_out, seed, setting)))
+    began = time.monotonic()
+    model = common.trained(kind, held_out, seed, setting, resume)
+    for place, views in enumerate(map(common.views, settings)):
+        found[f"cosines_{place}"] = common.cosines(model, held_out, views)
+        seconds.append(time.monotonic() - began)
+        began = time.monotonic()
+    with path.open("wb") as file:
+        np.savez(file, seconds=seconds, **found)
+    shutil.rmtree(resume, ignore_errors=True)
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    with fetched(file) as path, np.load(path) as arrays:
+        return dict(arrays)
+
+
 def search(params: Params, asked: argparse.Namespace) -> None:
     """Write outputs/search.csv and print it, one line for each setting, and the best settings.
 
@@ -92,48 +180,43 @@ def search(params: Params, asked: argparse.Namespace) -> None:
         raise ValueError(f"folds.ids: {ids}: inner splits take three folds: to predict, to score on, to train on")
     if unknown := set(folds) - set(ids):
         raise ValueError(f"no folds {sorted(unknown)}: folds.ids are {ids}")
-    rows, features = TrainRows.read(Path("outputs")), Features.read(Path("outputs"), asked.clip, section)
-    inputs = features.inputs(section.augmentation, section.seed, where)
-    frozen = dict(zip(features.views, inputs, strict=True))
-    inner = {held_out: ids[(ids.index(held_out) + 1) % len(ids)] for held_out in folds}
-    splits = {held_out: Fold(rows, features, [held_out, inner[held_out]]) for held_out in folds}
-    wanted = {held_out: np.flatnonzero(rows.scored & (rows.fold == inner[held_out])) for held_out in folds}
-    wanted_group = np.concatenate([rows.group[of_fold] for of_fold in wanted.values()])
+    # Unlike that of any other search: what a worker has read for it may have changed since.
+    trials = partial(_trials, str(time.time_ns()), section.model_dump_json(), tuple(ids), asked.clip)
+    wanted_group = trials().groups(folds)
     views = [[], *([seen] for seen in section.tta), section.tta] if len(section.tta) > 1 else [[], section.tta]
     grids = GRIDS | {"tta": views}
-    shutil.rmtree(RESUME / "search", ignore_errors=True)
+    folder = RESUME / "search"
+    shutil.rmtree(folder, ignore_errors=True)
+    forget(folder)
 
-    @cache
-    def start(held_out: int, **starting: object) -> Start:
-        return splits[held_out].start(section.model_copy(update=starting))
-
-    latest: dict[tuple[str, int, int], tuple[Setting, nn.ModuleDict]] = {}
-
-    def trained(kind: str, held_out: int, seed: int, setting: Setting) -> nn.ModuleDict:
-        # Views take no training of their own: their settings follow one another and share it. Others are not held.
-        setting = {key: value for key, value in setting.items() if key != "tta"}
-        place = kind, held_out, seed
-        if place in latest and latest[place][0] == setting:
-            return latest[place][1]
-        latest.pop(place, None)
-        rates = Rates(**{key: value for key, value in setting.items() if key in Rates.model_fields})
-        changed = section.model_copy(update=setting)
-        folder = RESUME / "search" / digest(repr((*place, setting)))
-        starting = {key: getattr(changed, key) for key in ("pretrain", "validation", "cross_fit")}
-        model, *_ = splits[held_out].train(
-            kind, start(held_out, **starting), [frozen["plain"]], changed, rates, (section.seed + seed, held_out),
-            where, folder,
-        )  # fmt: skip
-        shutil.rmtree(folder, ignore_errors=True)
-        if "tta" in asked.grids:
-            latest[place] = setting, model
-        return model
-
-    def cosines(kind: str, held_out: int, seed: int, setting: Setting) -> np.ndarray:
-        model, those = trained(kind, held_out, seed, setting), wanted[held_out]
-        seen = [frozen[name] for name in ("plain", *setting.get("tta", section.tta))]
-        found = predict(model["tower"], model["head"], seen, those, section.batch_size, where)
-        return cosine(found, rows.targets[0, those])
+    def scored(kind: str, name: str, settings: list[Setting]) -> Iterator[tuple[Setting, np.ndarray, float]]:
+        """Of each setting the cosines (seeds, images), and the seconds of one training."""
+        # Views take no training of their own: settings that differ in views alone share one.
+        alike: dict[str, list[Setting]] = {}
+        for setting in settings:
+            alike.setdefault(repr(_training(setting)), []).append(setting)
+        places = [(seed, held_out) for seed in range(asked.seeds) for held_out in folds]
+        pieces = [
+            engine.Piece(
+                f"search, {kind} with {members[0]}, fold {held_out}, seed {seed}",
+                partial(_try, trials, kind, held_out, seed, members),
+                folder / f"{digest(repr((kind, held_out, seed, same)))}.npz",
+            )
+            for same, members in alike.items()
+            for seed, held_out in places
+        ]
+        runs = engine.run(pieces, f"{kind}, {name}", "training", on_cuda(where))
+        bar = progress(runs, f"{kind}, {name}", len(pieces), "training", quiet=engine.engine() != "local")
+        done = iter(bar)
+        for number, members in enumerate(alike.values()):
+            own = [piece.file for piece in pieces[number * len(places) :][: len(places)]]
+            list(islice(done, len(places)))
+            found = [_read(file) for file in own]
+            for place, setting in enumerate(members):
+                cosines = np.concatenate([arrays[f"cosines_{place}"] for arrays in found]).reshape(asked.seeds, -1)
+                yield setting, cosines, float(np.mean([arrays["seconds"][place] for arrays in found]))
+        list(done)
+        forget(folder)
 
     results: list[dict[str, object]] = []
     for kind in asked.heads or section.heads:
@@ -147,15 +230,7 @@ def search(params: Params, asked: argparse.Namespace) -> None:
             around = pinned if asked.apart else best
             tried = [around | {name: value} for value in grids[name]]
             new = [setting for setting in [pinned, *tried] if repr(setting) not in known]
-            for setting in progress(
-                [s for i, s in enumerate(new) if s not in new[:i]], f"{kind}, {name}", unit="setting"
-            ):
-                began = time.monotonic()
-                found = np.array([
-                    np.concatenate([cosines(kind, held_out, seed, setting) for held_out in folds])
-                    for seed in range(asked.seeds)
-                ])  # fmt: skip
-                seconds = (time.monotonic() - began) / len(folds) / asked.seeds
+            for setting, found, seconds in scored(kind, name, [s for i, s in enumerate(new) if s not in new[:i]]):
                 first = found if first is None else first
                 gain = found - first  # (seeds, images)
                 low, high = bootstrap_interval(gain.mean(axis=0), wanted_group)
