@@ -138,6 +138,16 @@ def test_shards_of_other_inputs_are_removed_where_they_lie(tmp_path, monkeypatch
     assert not shards.there(first)
 
 
+def test_a_file_system_that_is_not_installed_is_said(monkeypatch):
+    def missing(url, **_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    monkeypatch.setenv("IMG2PROMPT_SHARDS", "s3://bucket/never made")
+    with pytest.raises(ValueError, match=r"IMG2PROMPT_SHARDS: Install s3fs .* requirements-ray\.txt"):
+        shards.there(shards.RESUME / "stage/shard")
+
+
 def test_copies_of_a_project_share_no_shards(tmp_path, monkeypatch):
     monkeypatch.setenv("IMG2PROMPT_SHARDS", str(tmp_path / "elsewhere"))
     found = []
