@@ -21,7 +21,7 @@ from img2prompt.model_a import training
 from img2prompt.model_a.heads import LinearHead, PaperHead
 from img2prompt.model_a.inputs import AnyImage, Stored
 from img2prompt.model_a.prediction import predict
-from img2prompt.model_a.ridge import Ridge, TextPrior, refit, ridge
+from img2prompt.model_a.ridge import Ridge, TextPrior, _Sizes, _Spectrum, refit, ridge
 from img2prompt.model_a.training import LOWER, Schedule, Start, cosine_loss, fit, give_back, parameter_groups, train
 from img2prompt.model_a.validation import LINE, Choice, Gain, Validation, draw_groups, validation_rows
 
@@ -189,6 +189,20 @@ def test_ridge_strength_is_the_best_by_leaving_each_group_out(n, size, extra):
     fit = Reference(alpha=found.strength).fit(standard, y[:n] - prior)
     expected = prior + fit.predict(standard)
     assert np.allclose(standard @ found.weight.numpy().T + found.bias.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", [10, 1000])  # with fewer rows than features a weak penalty fits them all
+def test_the_search_of_a_strength_begins_where_generalised_cross_validation_is_best(features):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, features)), rng.normal(size=(80, 20))
+    x, y = x - x.mean(0), y - y.mean(0)
+    rows, outputs = torch.from_numpy(x), torch.from_numpy(y)
+    spectrum = _Spectrum(rows, rows.T @ rows, outputs, _Sizes.of(np.arange(80)))
+    for strength in 80 * 10.0 ** np.arange(-3, 5):
+        hat = x @ np.linalg.solve(x.T @ x + strength * np.eye(features), x.T) + 1 / 80
+        expected = np.square(y - hat @ y).sum() / (1 - np.trace(hat) / 80) ** 2
+        assert spectrum.expected(strength, 20, 1) == pytest.approx(expected, rel=1e-3)
+        assert (spectrum.expected(strength, 20, 5) == np.inf) == (5 * np.trace(hat) >= 80)
 
 
 def test_rows_of_one_group_alone_are_left_out_one_by_one():

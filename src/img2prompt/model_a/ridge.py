@@ -232,12 +232,16 @@ class _Spectrum:
     def expected(self, strength: float, count: int, size: float) -> float:
         """About the squared error of the first `count` outputs of rows predicted without `size` rows like them.
 
-        That is generalised cross-validation (Golub, Heath and Wahba 1979), which knows no groups, for a size of 1.
+        That is generalised cross-validation (Golub, Heath and Wahba 1979), which knows no groups, for a size of 1. It
+        is infinite where without so many rows nothing would be left to fit, as may be with fewer rows than features.
         """
-        shrink = self.values / (self.values + strength)
-        explained = (self.projected[:, :count].square().sum(dim=1) * shrink * (2 - shrink)).sum()
-        lever = size * (1 + shrink.sum()) / len(self.outputs)
-        return ((self.outputs[:, :count].square().sum() - explained) / (1 - lever).clamp(min=1e-6) ** 2).item()
+        kept = strength / (self.values.double() + strength)  # of the outputs, by direction; a fit explains the rest
+        squares = self.projected[:, :count].double().square().sum(dim=1)
+        total = self.outputs[:, :count].double().square().sum()
+        beside = total - squares.sum()  # no direction has it; less than single precision can tell is nothing
+        error = (squares * kept.square()).sum() + (beside if beside > 1e-6 * total else 0)
+        lever = (size * (1 + (1 - kept).sum()) / len(self.outputs)).item()
+        return error.item() / (1 - lever) ** 2 if lever < 1 else math.inf
 
 
 class _Texts:
@@ -342,8 +346,9 @@ def ridge(features: Rows, targets: Rows, groups: np.ndarray | None = None, prior
         best = max((near for near in (place, place - step, place + step) if near in places), key=judged)
         return best if best == place else climbed(best, step)
 
-    starts = {
-        min(places, key=lambda place: spectrum.expected(strengths[place], t.shape[1], of)) for of in (1, sizes.mean)
+    starts = {  # of equals the largest
+        min(places[::-1], key=lambda place: spectrum.expected(strengths[place], t.shape[1], of))
+        for of in (1, sizes.mean)
     }
     best = max((climbed(place, 4) for place in sorted(starts)), key=judged)
     for step in (2, 1):
